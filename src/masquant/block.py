@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoder block: solve its groups, fold text's vectors, put the quantized linears in place.
+
+Text's vector of a group is divided out where the group's input comes from: in the norm before it, or in the rows of
+the linear before it. Rows are folded into the stored scales, bias and patch of that linear, which is exact because
+every row has scales of its own; its rounding already counts with it (`row_fold`). Groups that fold into another
+group's rows are therefore solved first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibration.statistics import GroupStatistics
+from .checkpoint.format import Site
+from .errors import ModelError
+from .modality import ModalityState
+from .models import LinearGroup, linear_of
+from .plan import GroupPlan
+from .quantization import pack
+from .recipe import Recipe
+from .runtime.build import fill_group, replace_group
+from .smoothing.scales import exact_norm_fold, share_across_query_heads
+from .solver import GroupProblem, GroupSolution, solution_patch_bytes, solve_group
+
+
+def stacked_weight(block: nn.Module, group: GroupPlan) -> Tensor:
+    """Float32 [out, in]: the group's weights, one below the other."""
+    return torch.cat([linear_of(block, linear.name).weight.detach().float() for linear in group.linears])
+
+
+def _heads_of(group: LinearGroup, block: nn.Module, config: Any, features: int) -> tuple[int, int]:
+    """Query heads and key-value heads behind an input of `features`."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    rows = linear_of(block, group.fold_into).out_features
+    if heads % kv_heads or features % heads or rows != features // heads * kv_heads:
+        raise ModelError(
+            f"{group.fold_into} has {rows} rows for {kv_heads} of {heads} heads over {features} inputs of the {group.name} "
+            "group; the family's description is wrong for this model"
+        )
+    return heads, kv_heads
+
+
+def text_realizer(block: nn.Module, group: GroupPlan, config: Any) -> Callable[[Tensor], Tensor]:
+    """Function from the vector wanted for text to the nearest one that can be folded exactly."""
+    kind = group.group.fold_kind
+    if kind == "norm":
+        norm = block.get_submodule(group.group.fold_into)
+        weight = norm.weight.detach()
+        return lambda scale: exact_norm_fold(weight, scale)[1]
+    if kind == "heads":
+        heads, kv_heads = _heads_of(group.group, block, config, group.in_features)
+        return lambda scale: share_across_query_heads(scale, heads, kv_heads)
+    return lambda scale: scale
+
+
+def fold_vector(group: GroupPlan, scale: Tensor, config: Any) -> Tensor:
+    """Factor [rows] of the linear that takes in text's vector `scale` [in] of a group."""
+    if group.group.fold_kind == "heads":
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        scale = scale.unflatten(0, (kv_heads, heads // kv_heads, -1))[:, 0].flatten()
+    return 1.0 / scale
+
+
+def solve_block(
+    block: nn.Module,
+    groups: tuple[GroupPlan, ...],
+    statistics: Mapping[str, GroupStatistics],
+    state: ModalityState,
+    recipe: Recipe,
+    config: Any,
+    learned: Mapping[str, Tensor],
+) -> tuple[dict[str, GroupSolution], dict[str, Tensor]]:
+    """Solutions per group, and the factor of each linear's rows.
+
+    Args:
+        block: unquantized.
+        groups: of the block.
+        statistics: per group.
+        state: the model's modalities.
+        recipe: what to do.
+        config: the decoder's config (numbers of heads).
+        learned: per group, vectors that replace the closed form.
+    """
+    solutions: dict[str, GroupSolution] = {}
+    folds: dict[str, Tensor] = {}
+    for group in reversed(groups):
+        weight = stacked_weight(block, group)
+        row_fold = torch.cat(
+            [folds.get(p.name, torch.ones(p.out_features, device=weight.device)) for p in group.linears]
+        )
+        problem = GroupProblem(
+            group.name,
+            weight,
+            statistics[group.name],
+            state.tokens.modalities,
+            recipe,
+            text_realizer(block, group, config),
+            row_fold,
+            learned.get(group.name),
+        )
+        solution = solutions[group.name] = solve_group(problem)
+        if group.group.fold_kind != "norm":
+            folds[group.group.fold_into] = fold_vector(group, solution.text_scale, config)
+    return solutions, folds
+
+
+@torch.no_grad()
+def apply_solutions(
+    block: nn.Module,
+    groups: tuple[GroupPlan, ...],
+    solutions: Mapping[str, GroupSolution],
+    folds: Mapping[str, Tensor],
+    state: ModalityState,
+    recipe: Recipe,
+    dtype: torch.dtype,
+) -> dict[str, Site]:
+    """Fold and replace in place; returns what each group has beyond its packed weights."""
+    sites: dict[str, Site] = {}
+    for group in groups:
+        solution = solutions[group.name]
+        if group.group.fold_kind == "norm":
+            norm = block.get_submodule(group.group.fold_into)
+            norm.weight.copy_(exact_norm_fold(norm.weight, solution.text_scale)[0])
+        for name in group.kept:  # left in floating point: its input is divided by text's vector all the same
+            linear_of(block, name).weight.mul_(solution.text_scale)
+    quantized = {linear.name for group in groups for linear in group.linears}
+    for name, factor in folds.items():
+        if name not in quantized:
+            linear = linear_of(block, name)
+            linear.weight.mul_(factor[:, None])
+            if linear.bias is not None:
+                linear.bias.mul_(factor)
+    for group in groups:
+        solution = solutions[group.name]
+        linears = [linear_of(block, p.name) for p in group.linears]
+        fold = torch.cat(
+            [folds.get(p.name, torch.ones(p.out_features, device=solution.q.device)) for p in group.linears]
+        )
+        bias = torch.cat([
+            torch.zeros(m.out_features, device=fold.device) if m.bias is None else m.bias.float() for m in linears
+        ])  # fmt: skip
+        ranks = {m: a.shape[0] for m, (a, _) in solution.patches.items()}
+        sites[group.name] = Site(solution.smooth_scale is not None, ranks)
+        modules = replace_group(
+            block,
+            group,
+            num_bits={p.name: recipe.scheme.weights.num_bits for p in group.linears},
+            activation_bits=recipe.scheme.input_activations.num_bits,
+            has_smooth_scale=solution.smooth_scale is not None,
+            ranks=ranks,
+            state=state,
+            dtype=dtype,
+            device=fold.device,
+        )
+        fill_group(
+            modules,
+            packed=pack(solution.q, recipe.scheme.weights.num_bits),
+            weight_scale=solution.weight_scale * fold[:, None],
+            bias=bias * fold,
+            smooth_scale=solution.smooth_scale,
+            patches={m: (a, b * fold[:, None]) for m, (a, b) in solution.patches.items()},
+        )
+    return sites
+
+
+def group_record(group: GroupPlan, solution: GroupSolution, recipe: Recipe) -> dict[str, Any]:
+    """What report.json says of one group."""
+    packed = sum(linear.packed_bytes(recipe.scheme.weights.num_bits) for linear in group.linears)
+    vectors = 0 if solution.smooth_scale is None else 2 * solution.smooth_scale.numel()
+    return {
+        "group": group.name,
+        "choice": str(solution.choice),
+        "group_size": group.linears[0].group_size or "channel",
+        "errors": {m.value: e for m, e in solution.errors.items()},
+        "candidates": [{"choice": n, "errors": {m.value: e for m, e in es.items()}} for n, es in solution.candidates],
+        "rank": {m.value: a.shape[0] for m, (a, _) in solution.patches.items()},
+        "bytes": {"packed": packed, "smooth_scale": vectors, "compensation": solution_patch_bytes(solution)},
+    }

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each decoder block is called with on the calibration samples, and how to run one block on it.
+
+The model runs on every batch with its decoder blocks replaced by recorders that pass the hidden states on: encoders,
+embeddings, masks and position embeddings are the model's own, and each block's keyword arguments (which may differ
+between blocks, as masks of sliding windows do) are kept as they came. No tracing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import DataError, ModelError
+from ..modality import ModalityTokens, modality_ids
+from ..models import decoder_blocks
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `function` applied to every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple | list):
+        return type(value)(map_tensors(v, function) for v in value)
+    if isinstance(value, dict):
+        return {k: map_tensors(v, function) for k, v in value.items()}
+    return value
+
+
+@dataclass(frozen=True)
+class BlockBatch:
+    """One calibration batch, as the decoder blocks see it.
+
+    Attributes:
+        calls: per block, positional arguments after the hidden states, and keyword arguments; tensors on CPU.
+        ids: uint8 [batch, tokens], modality ids.
+        mask: bool [batch, tokens], False for padding.
+        held_back: bool [batch], samples that only decide between candidates.
+    """
+
+    calls: tuple[Call, ...]
+    ids: Tensor
+    mask: Tensor
+    held_back: Tensor
+
+
+class HiddenStates:
+    """The hidden states of every batch between two blocks, in memory or spilled to a temporary folder."""
+
+    def __init__(self, spill: bool) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="masquant-hidden-") if spill else None
+        self._states: list[Tensor | Path] = []
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def append(self, hidden: Tensor) -> None:
+        """Add the next batch's hidden states."""
+        self._states.append(hidden)
+        self[len(self) - 1] = hidden
+
+    def __getitem__(self, i: int) -> Tensor:
+        state = self._states[i]
+        return state if isinstance(state, Tensor) else load_file(state)["hidden"]
+
+    def __setitem__(self, i: int, hidden: Tensor) -> None:
+        hidden = hidden.detach().cpu().contiguous()
+        if self._folder is None:
+            self._states[i] = hidden
+            return
+        path = Path(self._folder.name) / f"{i}.safetensors"
+        save_file({"hidden": hidden}, path)
+        self._states[i] = path
+
+    def copy(self) -> HiddenStates:
+        """An independent store with the same states."""
+        other = HiddenStates(spill=self._folder is not None)
+        for i in range(len(self)):
+            other.append(self[i])
+        return other
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """Everything needed to run the decoder block by block on the calibration samples."""
+
+    batches: tuple[BlockBatch, ...]
+    hidden: HiddenStates
+    returns_tuple: bool
+
+    def run(self, block: nn.Module, index: int, i: int, hidden: Tensor, device: torch.device) -> Tensor:
+        """Output hidden states [batch, tokens, features] of block number `index` on batch `i`."""
+        args, kwargs = map_tensors(self.batches[i].calls[index], lambda t: t.to(device))
+        output = block(hidden.to(device), *args, **kwargs)
+        return output[0] if self.returns_tuple else output
+
+
+@contextmanager
+def _recording(blocks: list[nn.Module], calls: list[Call], outputs: dict[str, Any]) -> Iterator[None]:
+    """Replace the blocks' forward by recorders. The first block really runs once, to see what a block returns."""
+
+    def recorder(original: Callable[..., Any], index: int) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if "returns_tuple" not in outputs:
+                outputs["returns_tuple"] = isinstance(original(hidden_states, *args, **kwargs), tuple)
+            if index == 0:
+                outputs["hidden"] = hidden_states.detach().cpu()
+            calls.append(map_tensors((args, kwargs), lambda t: t.detach().cpu()))
+            return (hidden_states,) if outputs["returns_tuple"] else hidden_states
+
+        return forward
+
+    for index, block in enumerate(blocks):
+        block.forward = recorder(block.forward, index)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _share(calls: list[Call]) -> tuple[Call, ...]:
+    """The calls with equal tensors of different blocks stored once."""
+    kept: list[Tensor] = []
+
+    def one(tensor: Tensor) -> Tensor:
+        for other in kept:
+            if other.shape == tensor.shape and other.dtype == tensor.dtype and torch.equal(other, tensor):
+                return other
+        kept.append(tensor)
+        return tensor
+
+    return tuple(map_tensors(call, one) for call in calls)
+
+
+@torch.no_grad()
+def capture_block_inputs(
+    model: PreTrainedModel,
+    batches: Iterator[tuple[Mapping[str, Tensor], Tensor]],
+    tokens: ModalityTokens,
+    *,
+    spill: bool = False,
+) -> BlockInputs:
+    """Run the model on every batch and keep what its decoder blocks are called with.
+
+    Args:
+        model: unquantized, in evaluation mode.
+        batches: the processor's outputs (all of them, padded, with input_ids and attention_mask), and bool [batch],
+            the samples held back.
+        tokens: the model's placeholder tokens.
+        spill: keep hidden states in a temporary folder instead of memory.
+
+    Raises:
+        DataError: no batch, or inputs without input_ids.
+        ModelError: the decoder did not call its blocks once each.
+    """
+    blocks = decoder_blocks(model)
+    outputs: dict[str, Any] = {}
+    captured: list[BlockBatch] = []
+    hidden = HiddenStates(spill)
+    for inputs, held_back in batches:
+        if "input_ids" not in inputs:
+            raise DataError(f"a calibration batch has no input_ids, only {', '.join(inputs)}")
+        calls: list[Call] = []
+        with _recording(blocks, calls, outputs):
+            model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False)
+        if len(calls) != len(blocks):
+            raise ModelError(f"the decoder made {len(calls)} block calls for its {len(blocks)} blocks")
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        captured.append(BlockBatch(_share(calls), modality_ids(ids, tokens), mask, held_back))
+        hidden.append(outputs["hidden"])
+    if not captured:
+        raise DataError("no samples: calibration needs at least one")
+    return BlockInputs(tuple(captured), hidden, outputs["returns_tuple"])

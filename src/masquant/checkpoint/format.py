@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantization_config` of a checkpoint: written, read back strictly, and what tensors it promises.
+
+The grammar of `config_groups` and `ignore` is compressed-tensors'. Names in `ignore` and `sites` are relative to the
+decoder ("layers.3.mlp.down_proj", "3.down"), because module paths above it differ between library versions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..compensation import FACTOR_DTYPE
+from ..errors import CheckpointError, RecipeError
+from ..modality import Modality
+from ..models import ModelFamily
+from ..plan import GroupPlan, LinearPlan, site_key
+from ..quantization import PACKED_BITS, SCALE_DTYPE, packed_columns
+from ..recipe import ActivationArgs, WeightArgs
+from ..runtime.linear import SMOOTH_DTYPE
+
+QUANT_METHOD = "masquant"
+FORMAT_VERSION = 1
+
+_KEYS = {"quant_method", "format_version", "config_groups", "ignore", "modalities", "modality_tokens", "sites"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a group has besides its packed weights: own vectors per modality, and patches' ranks."""
+
+    has_smooth_scale: bool = False
+    ranks: Mapping[Modality, int] | None = None
+
+    def rank_of(self) -> dict[Modality, int]:
+        """Ranks as a dict."""
+        return dict(self.ranks or {})
+
+
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """A parsed `quantization_config`.
+
+    Attributes:
+        weights: grid of each linear, by target pattern, first match wins.
+        activations: grid of the input.
+        ignore: patterns of linears in floating point.
+        modalities: text first.
+        modality_tokens: per modality, the config fields with its placeholder token ids.
+        sites: per "<block>.<group>", what it has beyond the base.
+    """
+
+    weights: tuple[tuple[str, WeightArgs], ...]
+    activations: ActivationArgs
+    ignore: tuple[str, ...]
+    modalities: tuple[Modality, ...]
+    modality_tokens: Mapping[Modality, tuple[str, ...]]
+    sites: Mapping[str, Site]
+
+    def weights_of(self, linear: str) -> WeightArgs:
+        """Grid of the linear `name` inside its block.
+
+        Raises:
+            CheckpointError: no config group targets it.
+        """
+        for target, weights in self.weights:
+            if target == "Linear" or (target.startswith("re:") and re.match(target[3:], linear)):
+                return weights
+        raise CheckpointError(f"no config group of the checkpoint targets {linear}")
+
+    @property
+    def scheme(self) -> str:
+        """Like "W4A8"."""
+        return f"W{self.weights[0][1].num_bits}A{self.activations.num_bits}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `quantization_config` as JSON."""
+        activations = {
+            "num_bits": self.activations.num_bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
+        by_grid: dict[WeightArgs, list[str]] = {}
+        for target, weights in self.weights:
+            by_grid.setdefault(weights, []).append(target)
+        groups = {}
+        for i, (weights, targets) in enumerate(by_grid.items()):
+            entry: dict[str, Any] = {"num_bits": weights.num_bits, "type": "int", "symmetric": True}
+            entry["strategy"] = weights.strategy
+            if weights.group_size is not None:
+                entry["group_size"] = weights.group_size
+            groups[f"group_{i}"] = {
+                "targets": targets,
+                "weights": entry,
+                "input_activations": activations if self.activations.num_bits < 16 else None,
+            }
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "config_groups": groups,
+            "ignore": list(self.ignore),
+            "modalities": [m.value for m in self.modalities],
+            "modality_tokens": {m.value: list(fields) for m, fields in self.modality_tokens.items()},
+            "sites": {
+                key: {"smooth_scale": s.has_smooth_scale, "rank": {m.value: r for m, r in s.rank_of().items()}}
+                for key, s in self.sites.items()
+            },
+        }
+
+
+def make_format(
+    family: ModelFamily,
+    blocks: Sequence[Sequence[GroupPlan]],
+    weights: WeightArgs,
+    activations: ActivationArgs,
+    ignore: Sequence[str],
+    sites: Mapping[str, Site],
+) -> CheckpointFormat:
+    """Format of a quantized model; one config group per group size that occurs."""
+    sizes: dict[str, int | None] = {
+        linear.name: linear.group_size for groups in blocks for group in groups for linear in group.linears
+    }
+    if len(set(sizes.values())) == 1:
+        grids = (("Linear", WeightArgs(weights.num_bits, weights.strategy, next(iter(sizes.values())))),)
+    else:
+        grids = tuple(
+            (f"re:.*{re.escape(name)}$", WeightArgs(weights.num_bits, weights.strategy, size))
+            for name, size in sizes.items()
+        )
+    kept = ("lm_head", *(f"re:.*{encoder}.*" for encoder in family.encoders))
+    return CheckpointFormat(
+        grids, activations, (*kept, *ignore), family.modalities, dict(family.modality_tokens), dict(sites)
+    )
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckpointError(f"quantization_config: {message}")
+
+
+def _parse_group(name: str, entry: Any) -> tuple[list[tuple[str, WeightArgs]], ActivationArgs]:
+    _need(isinstance(entry, Mapping), f"config group {name} must be a mapping")
+    _need(set(entry) == {"targets", "weights", "input_activations"}, f"config group {name} has keys {sorted(entry)}")
+    weights, activations, targets = entry["weights"], entry["input_activations"], entry["targets"]
+    _need(isinstance(weights, Mapping), f"{name}.weights must be a mapping")
+    extra = set(weights) - {"num_bits", "type", "symmetric", "strategy", "group_size"}
+    _need(not extra, f"{name}.weights has unknown keys {sorted(extra)}")
+    _need(weights.get("type") == "int" and weights.get("symmetric") is True, f"{name}.weights must be symmetric int")
+    _need(weights.get("num_bits") in PACKED_BITS, f"{name}.weights.num_bits is {weights.get('num_bits')!r}")
+    _need(weights.get("strategy") in ("channel", "group"), f"{name}.weights.strategy is {weights.get('strategy')!r}")
+    if weights["strategy"] == "group":
+        _need(isinstance(weights.get("group_size"), int), f"{name}.weights.group_size is missing")
+    _need(isinstance(targets, list) and all(isinstance(t, str) for t in targets), f"{name}.targets must be names")
+    for target in targets:
+        _need(target == "Linear" or target.startswith("re:"), f"{name} has the unknown target {target!r}")
+        _regex(target)
+    if activations is not None:
+        wanted = {"type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        _need(isinstance(activations, Mapping), f"{name}.input_activations must be a mapping or null")
+        _need(
+            {k: v for k, v in activations.items() if k != "num_bits"} == wanted,
+            f"{name}.input_activations must be dynamic symmetric int per token",
+        )
+    try:
+        grid = WeightArgs(weights["num_bits"], weights["strategy"], weights.get("group_size"))
+        act = ActivationArgs(16 if activations is None else activations.get("num_bits"))
+    except (RecipeError, TypeError) as error:
+        raise CheckpointError(f"quantization_config: {name}: {error}") from error
+    return [(target, grid) for target in targets], act
+
+
+def _regex(pattern: str) -> None:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise CheckpointError(f"quantization_config: {pattern!r} is no regular expression: {error}") from error
+
+
+def _modality(name: Any) -> Modality:
+    try:
+        return Modality(name)
+    except ValueError as error:
+        raise CheckpointError(f"quantization_config: unknown modality {name!r}") from error
+
+
+def _parse_site(key: str, entry: Any, modalities: tuple[Modality, ...]) -> Site:
+    _need(isinstance(entry, Mapping) and set(entry) == {"smooth_scale", "rank"}, f"site {key} is malformed")
+    _need(isinstance(entry["smooth_scale"], bool), f"site {key}: smooth_scale must be true or false")
+    _need(isinstance(entry["rank"], Mapping), f"site {key}: rank must be a mapping")
+    ranks = {}
+    for name, rank in entry["rank"].items():
+        modality = _modality(name)
+        _need(modality in modalities[1:], f"site {key}: a patch for {name}, which is no other modality of this model")
+        _need(isinstance(rank, int) and not isinstance(rank, bool) and rank > 0, f"site {key}: rank {rank!r}")
+        ranks[modality] = rank
+    return Site(entry["smooth_scale"], ranks)
+
+
+def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
+    """Read a `quantization_config`.
+
+    Raises:
+        CheckpointError: another version, a missing or unknown key, or a value out of range.
+    """
+    _need(config.get("quant_method") == QUANT_METHOD, f"quant_method is {config.get('quant_method')!r}")
+    version = config.get("format_version")
+    _need(
+        version == FORMAT_VERSION,
+        f"format_version {version!r} is unknown, this masquant reads {FORMAT_VERSION}; install a masquant that "
+        "reads it, or quantize again",
+    )
+    missing, extra = _KEYS - set(config), set(config) - _KEYS
+    _need(not missing, f"lacks {', '.join(sorted(missing))}")
+    _need(not extra, f"has unknown keys {', '.join(sorted(map(str, extra)))}")
+    _need(isinstance(config["config_groups"], Mapping) and bool(config["config_groups"]), "config_groups is empty")
+    weights: list[tuple[str, WeightArgs]] = []
+    activations: set[ActivationArgs] = set()
+    for name, entry in config["config_groups"].items():
+        targets, act = _parse_group(name, entry)
+        weights += targets
+        activations.add(act)
+    _need(bool(weights), "config_groups target nothing")
+    _need(len(activations) == 1, "config groups differ in input_activations")
+    _need(isinstance(config["ignore"], list) and all(isinstance(i, str) for i in config["ignore"]), "ignore: no list")
+    for pattern in config["ignore"]:
+        _regex(pattern)
+    _need(isinstance(config["modalities"], list), "modalities must be a list")
+    modalities = tuple(_modality(m) for m in config["modalities"])
+    _need(bool(modalities) and modalities[0] is Modality.TEXT, "the first modality must be text")
+    _need(len(set(modalities)) == len(modalities), "a modality is listed twice")
+    _need(isinstance(config["modality_tokens"], Mapping), "modality_tokens must be a mapping")
+    tokens = {_modality(m): tuple(fields) for m, fields in config["modality_tokens"].items()}
+    _need(set(tokens) == set(modalities[1:]), "modality_tokens must cover the modalities other than text")
+    _need(isinstance(config["sites"], Mapping), "sites must be a mapping")
+    sites = {key: _parse_site(key, entry, modalities) for key, entry in config["sites"].items()}
+    return CheckpointFormat(
+        tuple(weights), activations.pop(), tuple(config["ignore"]), modalities, tokens, sites
+    )  # fmt: skip
+
+
+TensorSpec = tuple[tuple[int, ...], torch.dtype | None]
+
+
+def linear_tensors(
+    linear: LinearPlan, is_leader: bool, site: Site, modalities: int, num_bits: int
+) -> dict[str, TensorSpec]:
+    """Tensors of one quantized linear: local name -> shape and dtype (None: any floating dtype)."""
+    groups = linear.in_features // (linear.group_size or linear.in_features)
+    tensors: dict[str, TensorSpec] = {
+        "weight_packed": ((linear.out_features, packed_columns(linear.in_features, num_bits)), torch.int32),
+        "weight_scale": ((linear.out_features, groups), SCALE_DTYPE),
+        "weight_shape": ((2,), torch.int64),
+    }
+    if linear.has_bias:
+        tensors["bias"] = ((linear.out_features,), None)
+    if is_leader and site.has_smooth_scale:
+        tensors["smooth_scale"] = ((modalities, linear.in_features), SMOOTH_DTYPE)
+    for modality, rank in site.rank_of().items():
+        if is_leader:
+            tensors[f"compensation.{modality.value}.a"] = ((rank, linear.in_features), FACTOR_DTYPE)
+        tensors[f"compensation.{modality.value}.b"] = ((linear.out_features, rank), FACTOR_DTYPE)
+    return tensors
+
+
+def expected_tensors(blocks: Sequence[Sequence[GroupPlan]], checkpoint: CheckpointFormat) -> dict[str, TensorSpec]:
+    """All tensors of the quantized linears, by name below the decoder ("layers.0.mlp.down_proj.weight_packed")."""
+    tensors: dict[str, TensorSpec] = {}
+    for index, groups in enumerate(blocks):
+        for group in groups:
+            site = checkpoint.sites.get(site_key(index, group.name), Site())
+            for position, linear in enumerate(group.linears):
+                bits = checkpoint.weights_of(linear.name).num_bits
+                local = linear_tensors(linear, position == 0, site, len(checkpoint.modalities), bits)
+                tensors.update({f"layers.{index}.{linear.name}.{name}": spec for name, spec in local.items()})
+    return tensors

@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: parses, calls the API, prints. Results on stdout, progress on stderr, no traceback for mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import MasquantError, RecipeError
+from .progress import AbstractProgress, NoProgress, RichProgress
+from .version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Multimodal LLMs in 4 to 8 bits that still see, hear and read.",
+)
+
+
+class SchemeName(str, Enum):
+    """Schemes, for the help text."""
+
+    W8A8 = "W8A8"
+    W4A8 = "W4A8"
+    W4A6 = "W4A6"
+    W4A16 = "W4A16"
+
+
+ModelArgument = Annotated[str, typer.Argument(help="Model folder or hub id that transformers loads.", show_default=False)]
+OutArgument = Annotated[Path, typer.Argument(help="Checkpoint folder.", show_default=False)]
+SchemeOption = Annotated[SchemeName, typer.Option(help="Bits of weights and activations.", case_sensitive=False)]
+GroupOption = Annotated[
+    str | None, typer.Option(help="Inputs per weight scale: 32, 64, 128 or channel.", show_default="128, or 64 or 32")
+]
+CalibrationOption = Annotated[
+    Path, typer.Option("--calibration", help="Folder with metadata.jsonl: text, image and audio samples.", show_default=False)
+]
+LimitOption = Annotated[int | None, typer.Option(help="Use only this many samples, balanced over tasks.", min=1)]
+BatchOption = Annotated[int, typer.Option(help="Samples that run together.", min=1)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+JsonFileOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+DtypeOption = Annotated[str, typer.Option(help="Load the model as auto (its own), bfloat16, float16 or float32.")]
+
+
+def _progress(quiet: bool) -> AbstractProgress:
+    return NoProgress() if quiet else RichProgress()
+
+
+def _group_size(value: str | None) -> int | Literal["channel"] | None:
+    if value is None or value == "channel":
+        return cast(Literal["channel"] | None, value)
+    if value not in ("32", "64", "128"):
+        raise RecipeError(f"--group-size must be 32, 64, 128 or channel, got {value!r}")
+    return int(value)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1))
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", show_default=False)],
+    calibration: CalibrationOption,
+    scheme: SchemeOption = SchemeName.W4A8,
+    group_size: GroupOption = None,
+    method: Annotated[str, typer.Option(help="Recipe by name: masquant, masquant-paper, gptq, smoothquant, rtn.")] = "masquant",
+    recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML) instead of scheme, group size, method.")] = None,
+    limit: LimitOption = None,
+    batch_size: BatchOption = 8,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Quantize MODEL into a packed checkpoint.
+
+    Example: `masquant quantize Qwen/Qwen2.5-Omni-3B -o omni-w4a8 --scheme W4A8 --calibration data/calibration`
+    """
+    from . import api, pipeline
+    from .calibration.dataset import load_samples
+    from .checkpoint.store import check_output, partial_folder
+    from .compare import load_processor
+    from .recipe import Recipe
+
+    chosen = Recipe.from_yaml(recipe) if recipe else Recipe.preset(method, scheme.value, _group_size(group_size))
+    if dry_run:
+        _show_plan(model, chosen, as_json)
+        return
+    check_output(output, overwrite=overwrite, resume=resume)
+    samples = load_samples(calibration, limit=limit)
+    progress = _progress(quiet)
+    loaded = api.load_any(model, dtype=dtype)
+    report = pipeline.quantize(
+        loaded,
+        processor := load_processor(model),
+        samples,
+        recipe=chosen,
+        batch_size=batch_size,
+        device=_device(device),
+        progress=progress,
+        work_folder=partial_folder(output),
+        resume=resume,
+    )
+    api.save(loaded, processor, output, report, source=Path(model) if Path(model).is_dir() else None)
+    _remove(partial_folder(output))
+    if as_json:
+        _print_json({"output": str(output), **report.to_dict()})
+        return
+    size = sum(report.bytes[k] for k in ("packed", "smooth_scale", "compensation"))
+    typer.echo(
+        f"{output}: decoder linears {_bytes(report.bytes['float_before'])} -> {_bytes(size)} "
+        f"({chosen.scheme.name}, {chosen.method}) in {report.seconds:.0f} s, peak memory {_bytes(report.peak_memory)}"
+    )
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _meta_model(model: str) -> Any:
+    """The model on the meta device: shapes without weights."""
+    import torch
+    from transformers import AutoConfig
+
+    from .api import model_class
+    from .errors import ModelError
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read a model config from {model}: {str(error).splitlines()[0]}") from error
+    dtype = getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        return model_class(config, model)(config).to(dtype)
+
+
+def _show_plan(model: str, recipe: Any, as_json: bool) -> None:
+    from .plan import make_plan
+
+    plan = make_plan(_meta_model(model), recipe)
+    first = plan.blocks[0]
+    if as_json:
+        _print_json(
+            {
+                "family": plan.family.title,
+                "scheme": recipe.scheme.name,
+                "method": recipe.method,
+                "blocks": len(plan.blocks),
+                "bytes": {"float_before": plan.float_bytes, "packed": plan.packed_bytes, "kept": plan.other_bytes},
+                "groups": [
+                    {
+                        "group": g.name,
+                        "linears": [p.name for p in g.linears],
+                        "in_features": g.in_features,
+                        "out_features": [p.out_features for p in g.linears],
+                        "group_size": [p.group_size or "channel" for p in g.linears],
+                    }
+                    for g in first
+                ],
+                "ignored": plan.kept,
+                "not_quantized": [*plan.family.encoders, "embeddings", "norms", "lm_head"],
+                "notes": plan.notes,
+            }
+        )
+        return
+    table = Table(title=f"{plan.family.title}: {len(plan.blocks)} blocks, {recipe.scheme.name}, {recipe.method}")
+    for column in ("group", "linears", "in", "out", "group size"):
+        table.add_column(column)
+    for g in first:
+        sizes = sorted({str(p.group_size or "channel") for p in g.linears})
+        outs = ", ".join(str(p.out_features) for p in g.linears)
+        table.add_row(g.name, ", ".join(p.name for p in g.linears), str(g.in_features), outs, ", ".join(sizes))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"decoder linears {_bytes(plan.float_bytes)} -> {_bytes(plan.packed_bytes)} packed; stay in floating point: "
+        f"{_bytes(plan.other_bytes)} ({', '.join(plan.family.encoders)}, embeddings, norms, lm_head)",
+        highlight=False,
+    )
+    for name in plan.kept:
+        console.print(f"ignored by the recipe: {name}", highlight=False)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False)
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    calibration: Annotated[Path | None, typer.Option(help="Samples whose activation ranges are shown.")] = None,
+    scheme: SchemeOption = SchemeName.W4A8,
+    group_size: GroupOption = None,
+    limit: LimitOption = None,
+    batch_size: BatchOption = 8,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show what would be quantized, or what a quantized checkpoint holds. Nothing is written.
+
+    Example: `masquant inspect Qwen/Qwen2.5-Omni-3B --calibration data/calibration`
+    """
+    from .inspection import activation_ranges, checkpoint_memory, is_checkpoint
+    from .recipe import Recipe
+
+    if is_checkpoint(model):
+        found = checkpoint_memory(model)
+        if as_json:
+            _print_json(found)
+            return
+        packed, resident = found["packed_on_disk"], found["packed_in_memory"]
+        typer.echo(
+            f"{model}: {found['scheme']}, {found['quantized_linears']} quantized linears, modalities "
+            f"{', '.join(found['modalities'])}\n"
+            f"quantized linears on disk   {_bytes(packed)}\n"
+            f"the same in memory          {_bytes(resident)} ({resident / packed:.3f} x), of which vectors "
+            f"{_bytes(found['smooth_scale'])}, patches {_bytes(found['compensation'])}\n"
+            f"in floating point           {_bytes(found['float'])} (encoders, embeddings, norms, lm_head)"
+        )
+        return
+    if calibration is None:
+        _show_plan(model, Recipe.preset("masquant", scheme.value, _group_size(group_size)), as_json)
+        return
+    rows = activation_ranges(model, calibration, limit=limit, batch_size=batch_size, progress=_progress(quiet))
+    if as_json:
+        _print_json(rows)
+        return
+    modalities = list(rows[0]["absmax"])
+    table = Table(title="activation range per modality: largest magnitude, and misalignment with text (dB)")
+    table.add_column("block.group")
+    for name in modalities:
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = []
+        for name in modalities:
+            loss = row["misalignment_db"].get(name)
+            absmax = row["absmax"][name]
+            cells.append("-" if absmax is None else f"{absmax:.2f}" + (f" ({loss:.1f})" if loss is not None else ""))
+        table.add_row(f"{row['block']}.{row['group']}", *cells)
+    Console().print(table)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or any model.", show_default=False)],
+    data: Annotated[Path, typer.Option(help="Folder with metadata.jsonl.", show_default=False)],
+    baseline: Annotated[str | None, typer.Option(help="Float model to compare with, sample by sample.")] = None,
+    json_file: JsonFileOption = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks, separated by commas.")] = None,
+    limit: LimitOption = None,
+    batch_size: BatchOption = 16,
+    generate: Annotated[bool, typer.Option(help="Decode answers for error rates and exact match.")] = True,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure what is left per task: likelihood, perplexity, error rates, exact match; against a baseline, the loss.
+
+    Example: `masquant evaluate omni-w4a8 --data data/evaluation --baseline Qwen/Qwen2.5-Omni-3B --json result.json`
+    """
+    from .api import load_any
+    from .calibration.dataset import load_samples
+    from .checkpoint.store import write_json
+    from .compare import describe, load_processor
+    from .evaluation import evaluate as run
+    from .evaluation import evaluation_table
+    from .inspection import scheme_of
+
+    samples = load_samples(data, limit=limit)
+    loaded = load_any(model)
+    float_model = load_any(baseline) if baseline else None
+    parameters = (float_model or loaded).num_parameters()
+    result = run(
+        loaded,
+        load_processor(model),
+        samples,
+        baseline=float_model,
+        tasks=tasks.split(",") if tasks else None,
+        batch_size=batch_size,
+        generate=generate,
+        progress=_progress(quiet),
+        description=describe(loaded, model, scheme_of(loaded), parameters),
+    )
+    if json_file:
+        write_json(json_file, result.to_dict())
+    Console().print(evaluation_table({scheme_of(loaded): result}))
+
+
+@app.command()
+def compare(
+    model: ModelArgument,
+    calibration: CalibrationOption,
+    data: Annotated[Path, typer.Option(help="Folder with metadata.jsonl to measure on.", show_default=False)],
+    methods: Annotated[str, typer.Option(help="Recipes, separated by commas.")] = "rtn,smoothquant,gptq,masquant",
+    scheme: SchemeOption = SchemeName.W4A8,
+    group_size: GroupOption = None,
+    limit: LimitOption = None,
+    batch_size: BatchOption = 16,
+    generate: Annotated[bool, typer.Option(help="Decode answers for error rates and exact match.")] = True,
+    json_file: JsonFileOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Quantize with several methods and show what each loses per task.
+
+    Example: `masquant compare Qwen/Qwen2.5-Omni-3B --methods rtn,gptq,masquant --calibration cal --data eval`
+    """
+    from .calibration.dataset import load_samples
+    from .checkpoint.store import write_json
+    from .compare import compare as run
+    from .evaluation import comparison_dict, evaluation_table
+
+    results = run(
+        model,
+        methods.split(","),
+        load_samples(calibration, limit=limit),
+        load_samples(data, limit=limit),
+        scheme=scheme.value,
+        group_size=_group_size(group_size),
+        batch_size=batch_size,
+        generate=generate,
+        progress=_progress(quiet),
+    )
+    if json_file:
+        write_json(json_file, comparison_dict(results))
+    Console().print(evaluation_table(results))
+
+
+@app.command()
+def check(out: OutArgument, as_json: JsonOption = False) -> None:
+    """Is the checkpoint whole, loadable, and is nothing silently in floating point?
+
+    Example: `masquant check omni-w4a8`
+    """
+    from .api import check as run
+
+    found = run(out)
+    if as_json:
+        _print_json(found)
+    else:
+        typer.echo(f"{out}: whole; {found['scheme']}, {found['quantized_linears']} quantized linears")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the checkpoint is left.")] = Path("omni-135m-w4a8"),
+    scheme: SchemeOption = SchemeName.W4A8,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples, likelihoods only.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,
+    json_file: JsonFileOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """No model at hand: assemble a small text + image + audio model, quantize it with four methods, compare.
+
+    Example: `masquant demo`
+    """
+    from .demo import run_demo
+
+    run_demo(output, scheme.value, quick=quick, overwrite=overwrite, json_file=json_file, progress=_progress(quiet))
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 refused or failed, 2 wrong usage."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        app(standalone_mode=True)
+    except MasquantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; `masquant quantize ... --resume` goes on from the last finished block", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several methods on one model: quantize with each, measure each against the float model on the same samples."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoProcessor, PreTrainedModel
+
+from .api import load_any, resident_bytes
+from .calibration.dataset import Sample
+from .evaluation import Evaluation, ModelDescription, evaluate, score_baseline
+from .pipeline import QuantizationReport, peak_memory, quantize
+from .progress import AbstractProgress, NoProgress
+from .recipe import Recipe
+
+
+def describe(model: PreTrainedModel, name: str, scheme: str, num_parameters: int) -> ModelDescription:
+    """What an evaluation says of a model: its bytes in memory by kind."""
+    sizes = resident_bytes(model)
+    return ModelDescription(
+        model=name,
+        scheme=scheme,
+        num_parameters=num_parameters,
+        bytes={
+            "base": sizes["packed"] + sizes["smooth_scale"],
+            "compensation": sizes["compensation"],
+            "float": sizes["float"],
+        },
+    )
+
+
+def load_processor(path: str | Path) -> Any:
+    """The processor of a model folder or hub id."""
+    return AutoProcessor.from_pretrained(path)
+
+
+def compare(
+    model: str | Path,
+    methods: Sequence[str],
+    calibration: Sequence[Sample],
+    data: Sequence[Sample],
+    *,
+    scheme: str = "W4A8",
+    group_size: int | Literal["channel"] | None = None,
+    batch_size: int = 16,
+    generate: bool = True,
+    progress: AbstractProgress | None = None,
+    keep: Callable[[str, PreTrainedModel, Any, QuantizationReport, Evaluation], None] | None = None,
+    dtype: str = "auto",
+) -> dict[str, Evaluation]:
+    """Evaluate the float model and each method.
+
+    Args:
+        model: folder or hub id of the float model.
+        methods: names of recipes.
+        calibration: samples for every method.
+        data: samples to measure on.
+        scheme, group_size: for every method.
+        batch_size: of the evaluation.
+        generate: also decode answers (error rates, exact match), not only the answers' likelihood.
+        progress: receives what happens.
+        keep: called with every method's name, model, processor, report and evaluation, for example to save it.
+        dtype: to load the model in.
+
+    Returns:
+        "float" first, then the methods in order.
+    """
+    progress = progress or NoProgress()
+    recipes = {method: Recipe.preset(method, scheme, group_size) for method in methods}
+    processor = load_processor(model)
+    name = str(model)
+    source = load_any(model, dtype=dtype)
+    num_parameters = source.num_parameters()
+    results: dict[str, Evaluation] = {}
+    with score_baseline(
+        source, processor, data, batch_size=batch_size, generate=generate, progress=progress
+    ) as baseline:
+        results["float"] = baseline.evaluation(describe(source, name, "float", num_parameters))
+        del source
+        for method, recipe in recipes.items():
+            gc.collect()
+            start = time.monotonic()
+            quantized = load_any(model, dtype=dtype)
+            report = quantize(quantized, processor, calibration, recipe=recipe, progress=progress)
+            results[method] = evaluate(
+                quantized,
+                processor,
+                data,
+                baseline=baseline,
+                batch_size=batch_size,
+                generate=generate,
+                progress=progress,
+                description=describe(quantized, name, recipe.scheme.name, num_parameters),
+            ).with_cost(seconds=report.seconds, peak_memory=peak_memory())
+            progress.note(f"{method}: quantized in {report.seconds:.0f} s, {time.monotonic() - start:.0f} s in all")
+            if keep is not None:
+                keep(method, quantized, processor, report, results[method])
+            del quantized
+    return results
+
+
+

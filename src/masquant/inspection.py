@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking without touching: what a checkpoint takes in memory, and how the modalities' activations differ."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .api import load, load_any, resident_bytes
+from .calibration.dataset import load_samples
+from .checkpoint.format import QUANT_METHOD
+from .compare import load_processor
+from .integrations.transformers import quantized_linears, read_headers
+from .modality import ModalityState
+from .models import decoder_blocks, modality_tokens_of
+from .pipeline import Run, capture
+from .plan import make_plan
+from .progress import AbstractProgress
+from .recipe import Recipe
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a folder holds a masquant checkpoint."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+
+
+def scheme_of(model: nn.Module) -> str:
+    """Scheme of a loaded model, "float" if it is not quantized."""
+    for module in quantized_linears(model).values():
+        return f"W{module.spec.num_bits}A{module.spec.activation_bits}"
+    return "float"
+
+
+def checkpoint_memory(path: str | Path) -> dict[str, Any]:
+    """Bytes of the quantized linears on disk, and in memory after loading, measured from the tensors' storages."""
+    model = load(path)
+    sizes = resident_bytes(model)
+    own = ("weight_packed", "weight_scale", "weight_shape", "smooth_scale")
+    quantized = {name.rpartition("layers.")[2] for name in quantized_linears(model)}
+    on_disk = 0
+    for name, (shape, dtype) in read_headers(sorted(Path(path).glob("*.safetensors"))).items():
+        local = name.rpartition("layers.")[2]
+        module = local.partition(".compensation.")[0] if ".compensation." in local else local.rpartition(".")[0]
+        is_own = name.endswith(own) or ".compensation." in name or (name.endswith(".bias") and module in quantized)
+        if is_own and dtype is not None:
+            on_disk += math.prod(shape) * dtype.itemsize
+    return {
+        "scheme": scheme_of(model),
+        "quantized_linears": len(quantized),
+        "modalities": [m.value for m in next(iter(quantized_linears(model).values())).state.tokens.modalities],
+        "packed_on_disk": on_disk,
+        "packed_in_memory": sizes["packed"] + sizes["smooth_scale"] + sizes["compensation"],
+        **sizes,
+    }
+
+
+def misalignment_db(text: Tensor, other: Tensor) -> float:
+    """Signal-to-noise that tokens of one modality lose under another's vector, in dB, at most 0.
+
+    arXiv 2603.04800, Theorem 1: 10 log10( sum_i a_i^-2 / (d max_i a_i^-2) ), a_i = R_i^text / R_i^other, over the
+    channels that are active in both.
+
+    Args:
+        text: absmax of text's channels, [in].
+        other: of the other modality's.
+    """
+    alive = (text > 0) & (other > 0)
+    if not bool(alive.any()):
+        return 0.0
+    inverse = (other[alive] / text[alive]).double().square()
+    return float(10 * torch.log10(inverse.sum() / (inverse.numel() * inverse.max())))
+
+
+@torch.no_grad()
+def activation_ranges(
+    model: str | Path, calibration: Path, *, limit: int | None, batch_size: int, progress: AbstractProgress
+) -> list[dict[str, Any]]:
+    """Per block and group: each modality's largest magnitude and its misalignment with text; the model in float."""
+    loaded = load_any(model)
+    recipe = Recipe.preset("rtn")
+    plan = make_plan(loaded, recipe)
+    state = ModalityState(modality_tokens_of(loaded.config))
+    samples = load_samples(calibration, limit=limit)
+    inputs = capture(loaded, load_processor(model), samples, recipe, state, batch_size, progress)
+    run = Run(loaded, recipe, plan, state, inputs, loaded.device, [], progress)
+    rows = []
+    for index in progress.track(range(len(plan.blocks)), "measuring", len(plan.blocks), "block"):
+        targets, statistics = run.observe(decoder_blocks(loaded)[index], index, plan.blocks[index])
+        for group in plan.blocks[index]:
+            found = statistics[group.name]
+            names = [m.value for m in state.tokens.modalities]
+            present = [bool(count) for count in found.counts]
+            rows.append(
+                {
+                    "block": index,
+                    "group": group.name,
+                    "absmax": {
+                        n: float(found.absmax[m].max()) if present[m] else None for m, n in enumerate(names)
+                    },
+                    "misalignment_db": {
+                        n: misalignment_db(found.absmax[0], found.absmax[m])
+                        for m, n in enumerate(names)
+                        if m and present[m] and present[0]
+                    },
+                }
+            )
+        for i, target in enumerate(targets):
+            inputs.hidden[i] = target
+    return rows

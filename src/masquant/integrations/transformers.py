@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers: `quant_method: masquant` for from_pretrained and save_pretrained.
+
+Importing this module registers the method (transformers has no entry points for it). Modules have the checkpoint's own
+tensor names, so the loader needs no conversion. The safetensors headers are compared with what the configuration
+promises before anything is loaded: from_pretrained itself would fill a missing tensor with random numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoint.format import QUANT_METHOD, CheckpointFormat, Site, TensorSpec, expected_tensors, parse_format
+from ..errors import CheckpointError, ModelError
+from ..modality import ModalityState, attach_routing
+from ..models import decoder_blocks, decoder_of, family_of, modality_tokens_of
+from ..plan import GroupPlan, plan_block, site_key
+from ..runtime import MasquantLinear
+from ..runtime.build import replace_group
+
+_OWN_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "smooth_scale")
+_DTYPES = {"I32": torch.int32, "I64": torch.int64, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class MasquantConfig(QuantizationConfigMixin):
+    """`quantization_config` of a masquant checkpoint, kept exactly as it was read."""
+
+    def __init__(self, **config: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.config = {**config, "quant_method": QUANT_METHOD}
+        self.format = parse_format(self.config)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Config of a dict; keyword arguments are no overrides and are handed back."""
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dict written to config.json."""
+        return json.loads(json.dumps(self.config))
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All of it: there are no defaults to leave out."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"MasquantConfig({self.format.scheme})"
+
+
+class MasquantQuantizer(HfQuantizer):
+    """Builds the quantized modules on the meta device before loading, and routes modalities after it."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: MasquantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.format: CheckpointFormat = quantization_config.format
+        self.dtype = torch.bfloat16
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self.dtype = dtype  # not handed on to _process_model_before_weight_loading
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        blocks = build_quantized_shell(model, self.format, self.dtype)
+        files = kwargs.get("checkpoint_files")
+        if files:
+            verify_tensors(read_headers(files), expected_tensors(blocks, self.format))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_loaded(model)
+        attach_routing(model, decoder_of(model), state_of(model))
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Make transformers know the method; again is no error."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(MasquantConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(MasquantQuantizer)
+
+
+def build_quantized_shell(
+    model: PreTrainedModel, checkpoint: CheckpointFormat, dtype: torch.dtype
+) -> list[tuple[GroupPlan, ...]]:
+    """Replace the decoder's linears by empty quantized ones on the meta device; returns the blocks' groups.
+
+    Raises:
+        CheckpointError: the configuration does not fit the model.
+    """
+    family = family_of(model.config)
+    if set(checkpoint.modalities) != set(family.modalities):
+        raise CheckpointError(
+            f"the checkpoint has modalities {[m.value for m in checkpoint.modalities]}, {family.title} has "
+            f"{[m.value for m in family.modalities]}"
+        )
+    state = ModalityState(modality_tokens_of(model.config, checkpoint.modalities))
+    names = {linear for group in family.groups for linear in group.linears}
+    weights = {name: checkpoint.weights_of(name) for name in names}
+    plans: list[tuple[GroupPlan, ...]] = []
+    used: set[str] = set()
+    for index, block in enumerate(decoder_blocks(model)):
+        groups = plan_block(block, index, family, checkpoint.ignore, weights)
+        for group in groups:
+            site = checkpoint.sites.get(site_key(index, group.name), Site())
+            used.add(site_key(index, group.name))
+            replace_group(
+                block,
+                group,
+                num_bits={name: grid.num_bits for name, grid in weights.items()},
+                activation_bits=checkpoint.activations.num_bits,
+                has_smooth_scale=site.has_smooth_scale,
+                ranks=site.rank_of(),
+                state=state,
+                dtype=dtype,
+                device="meta",
+            )
+        plans.append(groups)
+    stray = sorted(set(checkpoint.sites) - used)
+    if stray:
+        raise CheckpointError(f"quantization_config: site {stray[0]!r} names no quantized group of the model")
+    return plans
+
+
+def read_headers(files: Sequence[str | Path]) -> dict[str, TensorSpec]:
+    """Shape and dtype of every tensor in safetensors files, without reading the tensors.
+
+    Raises:
+        CheckpointError: a file is no safetensors file.
+    """
+    found: dict[str, TensorSpec] = {}
+    for file in files:
+        try:
+            with open(file, "rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                if length > 100_000_000:
+                    raise ValueError(f"a header of {length} bytes")
+                header = json.loads(stream.read(length))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    found[name] = (tuple(entry["shape"]), _DTYPES.get(entry["dtype"]))
+        except (OSError, ValueError, KeyError, TypeError, struct.error, AttributeError) as error:
+            raise CheckpointError(f"{Path(file).name} is no safetensors file: {error}") from error
+    return found
+
+
+def verify_tensors(found: dict[str, TensorSpec], expected: dict[str, TensorSpec]) -> None:
+    """Compare a checkpoint's tensors with what its configuration promises.
+
+    Args:
+        found: by full name on disk.
+        expected: by name below the decoder, "layers.0.mlp.down_proj.weight_packed".
+
+    Raises:
+        CheckpointError: naming the tensor that is missing, extra, or of another shape or dtype.
+    """
+    by_suffix: dict[str, str] = {}
+    for name in found:
+        position = name.rfind("layers.")
+        if position >= 0 and (position == 0 or name[position - 1] == "."):
+            suffix = name[position:]
+            own = suffix.endswith(_OWN_SUFFIXES) or ".compensation." in suffix
+            if own and suffix not in expected:
+                raise CheckpointError(f"the checkpoint has the tensor {name}, which its configuration does not know")
+            if suffix in expected and (own or suffix not in by_suffix):
+                by_suffix[suffix] = name
+    prefix = next((n[: -len(s)] for s, n in by_suffix.items() if s.endswith("weight_packed")), "")
+    for suffix, (shape, dtype) in expected.items():
+        name = prefix + suffix
+        if name not in found:
+            raise CheckpointError(f"the checkpoint lacks the tensor {name}; quantize again or copy it whole")
+        actual_shape, actual_dtype = found[name]
+        if actual_shape != shape:
+            raise CheckpointError(f"{name} has shape {list(actual_shape)}, its configuration says {list(shape)}")
+        if dtype is not None and actual_dtype is not dtype:
+            raise CheckpointError(f"{name} has dtype {actual_dtype}, expected {dtype}")
+        if suffix.endswith(".weight_packed"):
+            plain = name.removesuffix("_packed")
+            if plain in found:
+                raise CheckpointError(f"the checkpoint has both {name} and a float {plain}")
+
+
+def quantized_linears(model: nn.Module) -> dict[str, MasquantLinear]:
+    """All quantized linears by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MasquantLinear)}
+
+
+def state_of(model: nn.Module) -> ModalityState:
+    """The modality state that the model's quantized linears share.
+
+    Raises:
+        ModelError: the model is not quantized.
+    """
+    for module in model.modules():
+        if isinstance(module, MasquantLinear):
+            return module.state
+    raise ModelError(
+        "the model has no masquant linears; if it comes from a masquant checkpoint, `import masquant` before loading "
+        "it (transformers skips unknown quantization methods with no more than a warning), or use masquant.load"
+    )
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Check the values that a run relies on.
+
+    Raises:
+        CheckpointError: a scale that is not finite and positive, a stored shape that differs, or a vector for text
+            that is not folded.
+    """
+    for name, module in quantized_linears(model).items():
+        if module.weight_packed.is_meta:  # offloaded
+            continue
+        if module.weight_shape.tolist() != [module.out_features, module.in_features]:
+            raise CheckpointError(
+                f"{name}.weight_shape says {module.weight_shape.tolist()}, the model needs "
+                f"{[module.out_features, module.in_features]}"
+            )
+        _positive(f"{name}.weight_scale", module.weight_scale)
+        if module.smooth_scale is not None:
+            _positive(f"{name}.smooth_scale", module.smooth_scale)
+            if not bool((module.smooth_scale[0] == 1).all()):
+                raise CheckpointError(f"{name}.smooth_scale: row 0 (text) must be ones, it is folded into the model")
+        for modality, factors in module.compensation.items():
+            for part, tensor in factors.named_buffers():
+                if not bool(tensor.isfinite().all()):
+                    raise CheckpointError(f"{name}.compensation.{modality}.{part} holds values that are not finite")
+
+
+def _positive(name: str, tensor: torch.Tensor) -> None:
+    if not bool(((tensor > 0) & tensor.isfinite()).all()):
+        raise CheckpointError(f"{name} holds values that are not positive and finite")
+
+
+def adopt(model: PreTrainedModel, checkpoint: CheckpointFormat) -> None:
+    """Make a model that was quantized in place save and report itself like one loaded from a checkpoint."""
+    config = MasquantConfig(**checkpoint.to_dict())
+    model.config.quantization_config = config
+    model.hf_quantizer = MasquantQuantizer(config)
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD

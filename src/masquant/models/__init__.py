@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model families that masquant knows, and how to find a family's parts in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..errors import ModelError
+from ..modality import Modality, ModalityTokens
+from . import llava, llava_onevision, qwen2_5_omni, qwen2_5_vl, qwen2_audio, qwen2_vl
+from .family import LinearGroup, ModelFamily
+
+__all__ = [
+    "FAMILIES",
+    "LinearGroup",
+    "ModelFamily",
+    "decoder_blocks",
+    "decoder_of",
+    "family_of",
+    "linear_of",
+    "modality_tokens_of",
+]
+
+FAMILIES: tuple[ModelFamily, ...] = tuple(
+    module.FAMILY for module in (qwen2_5_omni, qwen2_5_vl, qwen2_vl, llava, llava_onevision, qwen2_audio)
+)
+
+
+def family_of(config: PretrainedConfig) -> ModelFamily:
+    """The family of a model's config.
+
+    Raises:
+        ModelError: no family covers its `model_type`; the message names the file to add.
+    """
+    for family in FAMILIES:
+        if config.model_type in family.model_types:
+            return family
+    known = ", ".join(sorted(t for f in FAMILIES for t in f.model_types))
+    raise ModelError(
+        f"model type {config.model_type!r} is not supported (supported: {known}); to add it, describe it in "
+        f"src/masquant/models/{config.model_type}.py (a few lines, see models/family.py) and list it in "
+        "src/masquant/models/__init__.py"
+    )
+
+
+def modality_tokens_of(config: PretrainedConfig, modalities: Iterable[Modality] | None = None) -> ModalityTokens:
+    """Placeholder token ids of a model, read from its config.
+
+    Args:
+        config: the model's config.
+        modalities: what the checkpoint was quantized for; default all that the family has.
+
+    Raises:
+        ModelError: a config field is missing or empty.
+    """
+    family = family_of(config)
+    chosen = family.modalities if modalities is None else tuple(modalities)
+    token_ids: dict[Modality, tuple[int, ...]] = {}
+    for modality in chosen[1:]:
+        fields = family.modality_tokens[modality]
+        found = tuple(int(v) for v in (getattr(config, name, None) for name in fields) if v is not None)
+        if not found:
+            raise ModelError(f"the config of {config.model_type} sets none of {', '.join(fields)}")
+        token_ids[modality] = found
+    return ModalityTokens(chosen, token_ids)
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The language model inside `model`: the module that holds the decoder blocks.
+
+    Raises:
+        ModelError: none was found.
+    """
+    decoder = model.get_decoder()
+    for candidate in (decoder, getattr(decoder, "language_model", None), getattr(decoder, "model", None)):
+        if isinstance(candidate, nn.Module) and isinstance(getattr(candidate, "layers", None), nn.ModuleList):
+            return candidate
+    raise ModelError(f"{type(model).__name__} has no decoder with a list of layers")
+
+
+def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder blocks in order."""
+    return list(cast(nn.ModuleList, decoder_of(model).layers))
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """The linear `name` of a block.
+
+    Raises:
+        ModelError: it does not exist or is no `nn.Linear`.
+    """
+    try:
+        module = block.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(f"{type(block).__name__} has no module {name}") from error
+    if not isinstance(module, nn.Linear):
+        raise ModelError(
+            f"{type(block).__name__}.{name} is {type(module).__name__}, not nn.Linear; is the model already quantized?"
+        )
+    return module

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is special about a model family, as data: which linears share an input, and which tokens are media."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..modality import Modality
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears of one block that are fed by one input and so share `smooth_scale` and the patch's `a`.
+
+    Attributes:
+        name: `qkv`, `o`, `gate_up` or `down`.
+        linears: module names inside the block, in the order in which the block calls them.
+        fold_into: module whose output feeds the group and takes text's smoothing vector, so that text pays nothing.
+        fold_kind: `norm` divides the norm's weight; `rows` divides the rows (and bias) of a linear; `heads` likewise
+            where each of its heads feeds several query heads (grouped-query attention).
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    fold_into: str
+    fold_kind: Literal["norm", "rows", "heads"]
+
+
+LLAMA_GROUPS = (
+    LinearGroup("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "norm"),
+    LinearGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
+    LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "norm"),
+    LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows"),
+)
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A model family.
+
+    Attributes:
+        model_types: `config.model_type` of the models it covers.
+        title: name for people.
+        modality_tokens: per modality other than text, the config fields that hold its placeholder token ids.
+        encoders: module names (below the model or its inner model) that stay unquantized.
+        groups: the decoder block's linear groups.
+        example: a hub id for the documentation.
+    """
+
+    model_types: tuple[str, ...]
+    title: str
+    modality_tokens: Mapping[Modality, tuple[str, ...]]
+    encoders: tuple[str, ...]
+    example: str
+    groups: tuple[LinearGroup, ...] = field(default=LLAMA_GROUPS)
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """Text first, then in the order of `Modality`."""
+        return tuple(m for m in Modality if m is Modality.TEXT or m in self.modality_tokens)

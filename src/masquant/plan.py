@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe does to a model, before it is done: which linears are quantized how, which stay, bytes before/after."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .errors import ModelError, RecipeError
+from .models import LinearGroup, ModelFamily, decoder_blocks, family_of, linear_of
+from .recipe import Recipe, WeightArgs
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One linear: its name inside the block, its shape, and inputs per weight scale (None: one scale per row)."""
+
+    name: str
+    in_features: int
+    out_features: int
+    has_bias: bool
+    group_size: int | None
+
+    def packed_bytes(self, num_bits: int) -> int:
+        """Bytes of the packed weight, its scales and its shape."""
+        words = -(-self.in_features // (32 // num_bits))
+        scales = self.in_features // (self.group_size or self.in_features)
+        return self.out_features * (4 * words + 2 * scales) + 16
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """One linear group of one block: what is quantized, and members left in floating point."""
+
+    group: LinearGroup
+    linears: tuple[LinearPlan, ...]
+    kept: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the group."""
+        return self.group.name
+
+    @property
+    def in_features(self) -> int:
+        """Features of the shared input."""
+        return self.linears[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of all its quantized linears."""
+        return sum(linear.out_features for linear in self.linears)
+
+
+def site_key(block: int, group: str) -> str:
+    """Key of one group of one block in the checkpoint's `sites` and in reports."""
+    return f"{block}.{group}"
+
+
+def is_ignored(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a linear's name below the decoder, such as "layers.3.mlp.down_proj", matches a pattern."""
+    return any(re.match(p[3:], name) if p.startswith("re:") else name == p for p in patterns)
+
+
+def linear_names(family: ModelFamily, blocks: int) -> Iterator[str]:
+    """Names below the decoder of all linears that could be quantized."""
+    for index in range(blocks):
+        for group in family.groups:
+            for linear in group.linears:
+                yield f"layers.{index}.{linear}"
+
+
+def plan_block(
+    block: nn.Module,
+    index: int,
+    family: ModelFamily,
+    ignore: Iterable[str],
+    weights: Mapping[str, WeightArgs] | WeightArgs,
+) -> tuple[GroupPlan, ...]:
+    """Groups of one block, without those that are ignored as a whole.
+
+    Args:
+        block: with plain `nn.Linear` modules, possibly on the meta device.
+        index: its number.
+        family: of the model.
+        ignore: patterns of linears that stay.
+        weights: the weights' grid, or one per linear name inside the block.
+    """
+    ignore = tuple(ignore)
+    plans = []
+    for group in family.groups:
+        linears, kept = [], []
+        for name in group.linears:
+            if is_ignored(f"layers.{index}.{name}", ignore):
+                kept.append(name)
+                continue
+            linear = linear_of(block, name)
+            grid = weights if isinstance(weights, WeightArgs) else weights[name]
+            try:
+                size = grid.group_size_for(linear.in_features)
+            except RecipeError as error:
+                raise RecipeError(f"layers.{index}.{name}: {error}") from error
+            linears.append(LinearPlan(name, linear.in_features, linear.out_features, linear.bias is not None, size))
+        if linears:
+            plans.append(GroupPlan(group, tuple(linears), tuple(kept)))
+    return tuple(plans)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole model's plan.
+
+    Attributes:
+        family: of the model.
+        blocks: per block, its groups.
+        kept: linears of the decoder that stay in floating point because the recipe ignores them.
+        float_bytes: of the linears to be quantized, as they are now.
+        packed_bytes: of the same, quantized, without vectors and patches.
+        other_bytes: of everything that stays in floating point.
+        notes: what a user should know.
+    """
+
+    family: ModelFamily
+    blocks: tuple[tuple[GroupPlan, ...], ...]
+    kept: tuple[str, ...]
+    float_bytes: int
+    packed_bytes: int
+    other_bytes: int
+    notes: tuple[str, ...]
+
+
+def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
+    """What `recipe` would do to `model`; nothing is changed.
+
+    Raises:
+        ModelError: unsupported model, or a linear in a block that no group covers.
+        RecipeError: a modality that the recipe forbids, an ignore pattern without a match, a group size that does not
+            divide.
+    """
+    family = family_of(model.config)
+    forbidden = [m.value for m in family.modalities if m not in recipe.modalities]
+    if forbidden:
+        raise RecipeError(
+            f"{family.title} has {', '.join(forbidden)} tokens, which the recipe's modalities "
+            f"({', '.join(m.value for m in recipe.modalities)}) forbid; add them to the recipe"
+        )
+    blocks = decoder_blocks(model)
+    names = list(linear_names(family, len(blocks)))
+    for pattern in recipe.ignore:
+        if not any(is_ignored(name, [pattern]) for name in names):
+            raise RecipeError(f"ignore pattern {pattern!r} matches none of the linears, such as {names[0]!r}")
+    known = {linear for group in family.groups for linear in group.linears}
+    for index, block in enumerate(blocks):
+        stray = [n for n, m in block.named_modules() if isinstance(m, nn.Linear) and n not in known]
+        if stray:
+            raise ModelError(f"layers.{index}.{stray[0]} belongs to no linear group of {family.title}")
+    plans = tuple(plan_block(b, i, family, recipe.ignore, recipe.scheme.weights) for i, b in enumerate(blocks))
+    quantized = [
+        (linear_of(blocks[i], linear.name), linear)
+        for i, groups in enumerate(plans)
+        for g in groups
+        for linear in g.linears
+    ]
+    if not quantized:
+        raise RecipeError("the recipe ignores every linear of the decoder: nothing to quantize")
+    float_bytes = sum(m.weight.numel() * m.weight.element_size() for m, _ in quantized)
+    total = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    bits = recipe.scheme.weights.num_bits
+    return Plan(
+        family,
+        plans,
+        tuple(name for name in names if is_ignored(name, recipe.ignore)),
+        float_bytes,
+        sum(linear.packed_bytes(bits) for _, linear in quantized),
+        total - float_bytes,
+        _group_size_notes(plans, recipe.scheme.weights),
+    )
+
+
+def _group_size_notes(plans: Iterable[tuple[GroupPlan, ...]], weights: WeightArgs) -> tuple[str, ...]:
+    """Where the automatic group size is not the default."""
+    if weights.strategy == "channel" or weights.group_size is not None:
+        return ()
+    smaller = {
+        (linear.group_size, linear.in_features): linear.name
+        for groups in plans
+        for g in groups
+        for linear in g.linears
+        if linear.group_size != 128
+    }
+    return tuple(
+        f"group size {size} where 128 does not divide {features} input features (such as {name})"
+        for (size, features), name in sorted(smaller.items(), key=str)
+    )

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which integer each weight becomes: to nearest, or error-compensated (GPTQ, arXiv 2210.17323).
+
+GPTQ fixes the inputs (columns) one after the other, largest Hessian diagonal first, and moves each rounding error to
+the columns not yet fixed so that tr((B - W) H (B - W)^T) grows least. The scales are set beforehand from the
+original columns, so the order needs no index on disk. Factorization in float64, updates in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .grids import qmax
+
+_BLOCK = 64
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """Float64 copy of a Hessian [in, in] with `damping` times its mean diagonal added; dead inputs get the mean.
+
+    A Hessian of all zeros becomes the identity.
+    """
+    h = hessian.double().clone()
+    diagonal = h.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0:
+        return torch.eye(h.shape[0], dtype=torch.float64, device=h.device)
+    diagonal.add_(torch.where(diagonal <= 0, mean, 0.0)).add_(damping * mean)
+    return h
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor U of the damped inverse, H^-1 = U^T U, float64 [in, in].
+
+    Damping is raised tenfold, up to the diagonal's mean, where a singular H needs it.
+
+    Raises:
+        torch.linalg.LinAlgError: H has negative eigenvalues or is not finite.
+    """
+    while True:
+        try:
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian, damping)))
+            return torch.linalg.cholesky(inverse, upper=True)
+        except torch.linalg.LinAlgError:
+            if damping >= 1:
+                raise
+            damping = min(1.0, max(damping, 1e-4) * 10)
+
+
+def round_gptq(weight: Tensor, scale: Tensor, hessian: Tensor, num_bits: int, damping: float = 0.01) -> Tensor:
+    """Integers, int8 [out, in], that keep tr((B - W) H (B - W)^T) small. Does not modify its inputs.
+
+    Args:
+        weight: [out, in].
+        scale: [out, groups], final.
+        hessian: [in, in], the inputs' second moment.
+        num_bits: of the grid.
+        damping: share of the mean diagonal added to H.
+    """
+    limit = float(qmax(num_bits))
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor = inverse_factor(hessian[order][:, order], damping).float()
+    w = weight.float().t()[order].contiguous()  # [in, out]: a column of the weight is contiguous
+    column_scale = scale.float().t().repeat_interleave(weight.shape[1] // scale.shape[1], 0)[order]
+    q = torch.empty_like(w)
+    for start in range(0, len(w), _BLOCK):
+        end = min(start + _BLOCK, len(w))
+        errors = torch.empty_like(w[start:end])
+        for i in range(start, end):
+            q[i] = (w[i] / column_scale[i]).round_().clamp_(-limit, limit)
+            errors[i - start] = (w[i] - q[i] * column_scale[i]) / factor[i, i]
+            w[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - start], alpha=-1)
+        w[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    restored = torch.empty_like(q)
+    restored[order] = q
+    return restored.t().to(torch.int8).contiguous()

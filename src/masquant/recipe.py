@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to do to a model: frozen, strict, versioned configuration, and the named recipes.
+
+Every method is a recipe of the same pipeline. `Recipe.preset(name, scheme, group_size)` gives the named ones;
+`Recipe.from_yaml` reads a file that may start from one (`preset: masquant`) and change fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from .errors import RecipeError
+from .modality import Modality
+
+RECIPE_VERSION = 1
+SCHEMES = ("W8A8", "W4A8", "W4A6", "W4A16")
+GROUP_NAMES = ("qkv", "o", "gate_up", "down")
+AUTO_GROUP_SIZES = (128, 64, 32)
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RecipeError(message)
+
+
+@dataclass(frozen=True)
+class WeightArgs:
+    """Weights: symmetric integers. `group_size` None with strategy "group" means the largest of 128, 64, 32 that
+    divides a linear's in_features."""
+
+    num_bits: int = 4
+    strategy: Literal["channel", "group"] = "group"
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.num_bits in (4, 8), f"weights.num_bits must be 4 or 8, got {self.num_bits}")
+        if self.strategy == "channel":
+            _require(self.group_size is None, "weights.group_size needs strategy 'group', not 'channel'")
+        elif self.group_size is not None:
+            _require(
+                self.group_size in AUTO_GROUP_SIZES,
+                f"weights.group_size must be 32, 64, 128 or absent, got {self.group_size}",
+            )
+
+    def group_size_for(self, in_features: int) -> int | None:
+        """Inputs per scale for a linear, None for one scale per row.
+
+        Raises:
+            RecipeError: no allowed size divides `in_features`.
+        """
+        if self.strategy == "channel":
+            return None
+        for size in (self.group_size,) if self.group_size else AUTO_GROUP_SIZES:
+            if in_features % size == 0:
+                return size
+        raise RecipeError(
+            f"group size {self.group_size or 'of 128, 64 or 32'} does not divide {in_features} input features; "
+            "choose another --group-size or 'channel'"
+        )
+
+
+@dataclass(frozen=True)
+class ActivationArgs:
+    """Activations: symmetric integers, one dynamic scale per token; 16 leaves them in floating point."""
+
+    num_bits: int = 8
+
+    def __post_init__(self) -> None:
+        _require(self.num_bits in (6, 8, 16), f"input_activations.num_bits must be 6, 8 or 16, got {self.num_bits}")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Grids of weights and activations."""
+
+    weights: WeightArgs = WeightArgs()
+    input_activations: ActivationArgs = ActivationArgs()
+
+    @classmethod
+    def parse(cls, name: str, group_size: int | Literal["channel"] | None = None) -> Scheme:
+        """Scheme of a name like "W4A8".
+
+        Args:
+            name: one of `SCHEMES`.
+            group_size: 32, 64, 128 or "channel"; default groups for 4-bit weights, channels for 8.
+        """
+        match = re.fullmatch(r"W(\d+)A(\d+)", name.upper())
+        if match is None or name.upper() not in SCHEMES:
+            raise RecipeError(f"unknown scheme {name!r}; choose one of {', '.join(SCHEMES)}")
+        bits, activation_bits = int(match[1]), int(match[2])
+        if group_size == "channel" or (group_size is None and bits == 8):
+            weights = WeightArgs(bits, "channel")
+        else:
+            weights = WeightArgs(bits, "group", None if group_size is None else int(group_size))
+        return cls(weights, ActivationArgs(activation_bits))
+
+    @property
+    def name(self) -> str:
+        """Like "W4A8"."""
+        return f"W{self.weights.num_bits}A{self.input_activations.num_bits}"
+
+
+@dataclass(frozen=True)
+class LearnedArgs:
+    """Smoothing learned by gradient on each block's output.
+
+    Attributes:
+        steps: optimiser steps per block, one batch each.
+        learning_rate: of theta = log(smooth_scale).
+        loss: "mae" (paper) or "mse".
+        normalizer: `modality_mean` averages over each modality's tokens, `token_mean` over all tokens.
+        target: the float block on the quantized chain's inputs, or on the float chain's (paper).
+        patience: evaluations without a better loss until it stops.
+    """
+
+    steps: int = 128
+    learning_rate: float = 0.02
+    loss: Literal["mae", "mse"] = "mae"
+    normalizer: Literal["token_mean", "modality_mean"] = "modality_mean"
+    target: Literal["quantized_chain", "float_chain"] = "quantized_chain"
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0 and self.patience > 0, "learned.steps and learned.patience must be positive")
+        _require(0 < self.learning_rate < 1, f"learned.learning_rate must be in (0, 1), got {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class SmoothingArgs:
+    """Smoothing vectors.
+
+    Attributes:
+        mode: no smoothing, one vector for all tokens, or one per modality.
+        strength: share of an activation's range moved into the weight.
+        groups: the linear groups that are smoothed.
+        learned: refine the vectors by gradient.
+    """
+
+    mode: Literal["none", "shared", "modality"] = "modality"
+    strength: float = 0.5
+    groups: tuple[str, ...] = GROUP_NAMES
+    learned: LearnedArgs | None = None
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.strength <= 1, f"smoothing.strength must be in 0..1, got {self.strength}")
+        unknown = set(self.groups) - set(GROUP_NAMES)
+        _require(not unknown, f"smoothing.groups holds {sorted(unknown)}; known: {', '.join(GROUP_NAMES)}")
+        _require(self.learned is None or self.mode == "modality", "smoothing.learned needs smoothing.mode 'modality'")
+
+
+@dataclass(frozen=True)
+class RoundingArgs:
+    """How weights become integers.
+
+    Attributes:
+        method: to nearest, or error-compensated.
+        damping: share of the Hessian's mean diagonal added to it.
+        clip_search: search each scale's clipping ratio by weighted error.
+        balance: in the Hessian, count every token once, or every modality's output energy equally.
+    """
+
+    method: Literal["nearest", "gptq"] = "gptq"
+    damping: float = 0.01
+    clip_search: bool = True
+    balance: Literal["token", "modality"] = "modality"
+
+    def __post_init__(self) -> None:
+        _require(0 < self.damping <= 1, f"rounding.damping must be in (0, 1], got {self.damping}")
+
+
+@dataclass(frozen=True)
+class CompensationArgs:
+    """Low-rank patches of the modalities other than text; exactly one of rank, rank_ratio, max_bytes.
+
+    Attributes:
+        rank: the rank itself.
+        rank_ratio: share of min(in, out).
+        max_bytes: share of the group's packed bytes, over all modalities.
+        min_rank: rounds up small ranks (the paper's code never goes below 32).
+        groups: the linear groups that are patched.
+    """
+
+    rank: int | None = None
+    rank_ratio: float | None = None
+    max_bytes: float | None = None
+    min_rank: int = 0
+    groups: tuple[str, ...] = GROUP_NAMES
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("rank", "rank_ratio", "max_bytes") if getattr(self, name) is not None]
+        _require(
+            len(given) == 1,
+            f"compensation needs exactly one of rank, rank_ratio and max_bytes, got {', '.join(given) or 'none'}",
+        )
+        _require(self.rank is None or self.rank > 0, f"compensation.rank must be positive, got {self.rank}")
+        for name in ("rank_ratio", "max_bytes"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value <= 1, f"compensation.{name} is a share in (0, 1], got {value}")
+        unknown = set(self.groups) - set(GROUP_NAMES)
+        _require(not unknown, f"compensation.groups holds {sorted(unknown)}; known: {', '.join(GROUP_NAMES)}")
+
+
+@dataclass(frozen=True)
+class SelectionArgs:
+    """Choice of the vectors and of the patch per group, by the error left on held-back calibration samples.
+
+    Attributes:
+        held_back: share of the calibration samples that only decide.
+        strengths: smoothing strengths tried.
+        spreads: distances from the shared vector (0) to each modality's own (1) tried.
+        margin: relative gain in error below which the simpler choice is kept.
+    """
+
+    held_back: float = 0.15
+    strengths: tuple[float, ...] = (0.0, 0.35, 0.65)
+    spreads: tuple[float, ...] = (0.0, 0.4, 0.8)
+    margin: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(0 < self.held_back <= 0.5, f"selection.held_back must be in (0, 0.5], got {self.held_back}")
+        _require(bool(self.strengths) and all(0 <= s <= 1 for s in self.strengths), "selection.strengths: 0..1")
+        _require(bool(self.spreads) and all(0 <= s <= 1 for s in self.spreads), "selection.spreads: 0..1")
+        _require(0 <= self.margin < 1, f"selection.margin must be in [0, 1), got {self.margin}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe.
+
+    Attributes:
+        method: name for reports.
+        modalities: the modalities that the recipe provides for; a model with others is refused.
+        modality_weights: importance of each modality's error.
+        ignore: linears that stay in floating point: names below the decoder, or "re:" and a regular expression.
+        encoders, lm_head, embeddings and everything outside of the decoder blocks always stay in floating point.
+    """
+
+    scheme: Scheme = Scheme()
+    method: str = "masquant"
+    smoothing: SmoothingArgs = SmoothingArgs()
+    rounding: RoundingArgs = RoundingArgs()
+    compensation: CompensationArgs | None = None
+    selection: SelectionArgs | None = None
+    modalities: tuple[Modality, ...] = tuple(Modality)
+    modality_weights: Mapping[Modality, float] = field(default_factory=lambda: dict.fromkeys(Modality, 1.0))
+    ignore: tuple[str, ...] = ()
+    seed: int = 0
+    version: int = RECIPE_VERSION
+
+    def __post_init__(self) -> None:
+        _require(self.version == RECIPE_VERSION, f"recipe version {self.version} is not {RECIPE_VERSION}")
+        _require(Modality.TEXT in self.modalities, "recipe.modalities must include text")
+        missing = [m.value for m in self.modalities if m not in self.modality_weights]
+        _require(not missing, f"modality_weights lacks {', '.join(missing)}")
+        _require(all(w > 0 for w in self.modality_weights.values()), "modality_weights must be positive")
+        for pattern in self.ignore:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise RecipeError(f"ignore pattern {pattern!r} is no regular expression: {error}") from error
+
+    @classmethod
+    def preset(
+        cls, method: str, scheme: str = "W4A8", group_size: int | Literal["channel"] | None = None, **changes: Any
+    ) -> Recipe:
+        """A named recipe (see `PRESETS`), with fields changed by keyword."""
+        if method not in PRESETS:
+            raise RecipeError(f"unknown method {method!r}; choose one of {', '.join(PRESETS)}")
+        fields = {"method": method, **PRESETS[method], **changes}
+        return cls(scheme=Scheme.parse(scheme, group_size), **fields)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Recipe of a nested mapping; `preset`, `scheme` as a name, and `group_size` are allowed at the top.
+
+        Raises:
+            RecipeError: an unknown key, a wrong type, or values that do not fit together.
+        """
+        rest = dict(data)
+        base: dict[str, Any] = {}
+        method = rest.pop("preset", None)
+        group_size = rest.pop("group_size", None)
+        if method is not None:
+            base = _plain(cls.preset(str(method)))
+        if isinstance(rest.get("scheme"), str):
+            rest["scheme"] = _plain(Scheme.parse(rest["scheme"], group_size))
+        elif group_size is not None:
+            raise RecipeError("group_size at the top of a recipe needs a scheme by name, such as scheme: W4A8")
+        return _build(cls, _merge(base, rest), "recipe")
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Recipe:
+        """Recipe of a YAML file."""
+        try:
+            data = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is no YAML: {error}") from error
+        if not isinstance(data, Mapping):
+            raise RecipeError(f"{path} must hold a mapping, got {type(data).__name__}")
+        return cls.from_dict(data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict that `from_dict` reads back."""
+        return typing.cast(dict[str, Any], _plain(self))
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "rtn": {"smoothing": SmoothingArgs("none"), "rounding": RoundingArgs("nearest", clip_search=False)},
+    "smoothquant": {"smoothing": SmoothingArgs("shared"), "rounding": RoundingArgs("nearest", clip_search=False)},
+    "gptq": {"smoothing": SmoothingArgs("none"), "rounding": RoundingArgs("gptq", balance="token")},
+    "masquant-paper": {
+        "smoothing": SmoothingArgs(
+            "modality",
+            groups=("qkv", "o", "gate_up"),
+            learned=LearnedArgs(256, 0.02, "mae", "token_mean", "float_chain", patience=8),
+        ),
+        "rounding": RoundingArgs("nearest", clip_search=False),
+        "compensation": CompensationArgs(rank_ratio=0.05, min_rank=32, groups=("qkv", "o", "gate_up")),
+    },
+    "masquant": {
+        "smoothing": SmoothingArgs("modality"),
+        "rounding": RoundingArgs("gptq"),
+        "compensation": CompensationArgs(max_bytes=0.05),
+        "selection": SelectionArgs(),
+    },
+}
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, enums and tuples as YAML's own types."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Modality):
+        return value.value
+    if isinstance(value, Mapping):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with nested `changes`; a changed way to give the patch's rank replaces the preset's."""
+    merged = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            inner = dict(merged[key])
+            if key == "compensation" and {"rank", "rank_ratio", "max_bytes"} & set(value):
+                inner.update(rank=None, rank_ratio=None, max_bytes=None)
+            merged[key] = _merge(inner, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _build(kind: type[T], data: Any, where: str) -> T:
+    """Dataclass `kind` of a mapping, refusing unknown keys and wrong types."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where} must be a mapping, got {data!r}")
+    hints = typing.get_type_hints(kind)
+    unknown = [str(key) for key in data if key not in hints]
+    if unknown:
+        raise RecipeError(f"{where} has unknown keys {', '.join(unknown)}; known: {', '.join(hints)}")
+    return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise RecipeError(f"{where} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"{where} must be a list, got {value!r}")
+        return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{where} must be a mapping, got {value!r}")
+        return {_convert(arguments[0], k, where): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if hint is Modality:
+        try:
+            return Modality(value)
+        except ValueError as error:
+            raise RecipeError(f"{where}: unknown modality {value!r}; known: text, vision, audio") from error
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise RecipeError(f"{where} must be {hint.__name__}, got {value!r}")
+    return value

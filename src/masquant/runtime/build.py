@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a block's float linears into quantized ones: empty shells to load into, or filled from a solution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..modality import Modality, ModalityState
+from ..plan import GroupPlan
+from .linear import GroupInput, LinearSpec, MasquantLinear
+
+
+def replace_group(
+    block: nn.Module,
+    group: GroupPlan,
+    *,
+    num_bits: Mapping[str, int],
+    activation_bits: int,
+    has_smooth_scale: bool,
+    ranks: Mapping[Modality, int],
+    state: ModalityState,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> list[MasquantLinear]:
+    """Replace the group's linears in `block` by empty quantized ones; returns them, the leader first."""
+    shared = GroupInput(len(group.linears))
+    modules = []
+    for linear in group.linears:
+        spec = LinearSpec(
+            linear.in_features,
+            linear.out_features,
+            linear.has_bias,
+            num_bits[linear.name],
+            linear.group_size,
+            activation_bits,
+            has_smooth_scale,
+            dict(ranks),
+            dtype,
+        )
+        module = MasquantLinear(spec, state, shared, device)
+        block.set_submodule(linear.name, module)
+        modules.append(module)
+    return modules
+
+
+def fill_group(
+    modules: Sequence[MasquantLinear],
+    *,
+    packed: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    smooth_scale: Tensor | None,
+    patches: Mapping[Modality, tuple[Tensor, Tensor]],
+) -> None:
+    """Copy a group's tensors, rows of all its linears one below the other, into its modules."""
+    start = 0
+    for module in modules:
+        rows = slice(start, start + module.out_features)
+        start += module.out_features
+        module.weight_packed.copy_(packed[rows])
+        module.weight_scale.copy_(weight_scale[rows])
+        if module.bias is not None:
+            assert bias is not None
+            module.bias.copy_(bias[rows])
+        if module.smooth_scale is not None:
+            assert smooth_scale is not None
+            module.smooth_scale.copy_(smooth_scale)
+        for modality, (a, b) in patches.items():
+            factors = module.compensation[modality.value]
+            factors.b.copy_(b[rows])
+            if factors.a is not None:
+                factors.a.copy_(a)

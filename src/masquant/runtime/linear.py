@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one linear module of a quantized model. Its buffers carry the names of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..compensation import FACTOR_DTYPE
+from ..errors import ModelError
+from ..modality import Modality, ModalityState
+from ..quantization import SCALE_DTYPE, dequantize_weight, packed_columns, unpack
+from . import ops
+
+SMOOTH_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """What a quantized linear is made of.
+
+    Attributes:
+        in_features, out_features, has_bias: as in `nn.Linear`.
+        num_bits: of the weight.
+        group_size: inputs per weight scale, None for one scale per row.
+        activation_bits: 6, 8 or 16.
+        has_smooth_scale: whether the group has vectors that differ between modalities.
+        ranks: rank of each modality's patch.
+        dtype: of the bias (and of the model).
+    """
+
+    in_features: int
+    out_features: int
+    has_bias: bool
+    num_bits: int
+    group_size: int | None
+    activation_bits: int
+    has_smooth_scale: bool
+    ranks: Mapping[Modality, int]
+    dtype: torch.dtype
+
+    @property
+    def num_groups(self) -> int:
+        """Scales per row."""
+        return self.in_features // (self.group_size or self.in_features)
+
+
+@dataclass(frozen=True)
+class PreparedInput:
+    """A group's input, quantized once for all its linears."""
+
+    source: Tensor
+    q: Tensor
+    scale: Tensor
+    projected: tuple[Tensor, ...]
+    patched: tuple[Modality, ...]
+
+
+class GroupInput:
+    """What the linears of one group share: the leader's `smooth_scale` and `a`, and the input last prepared.
+
+    The first linear that a block calls is the leader: it owns the shared tensors, prepares its input and leaves it for
+    the others, which are called with the same tensor right after it.
+    """
+
+    def __init__(self, members: int) -> None:
+        self.followers = members - 1
+        self.leader: tuple[MasquantLinear, ...] = ()  # in a tuple, so that no module owns it twice
+        self.prepared: PreparedInput | None = None
+        self.remaining = 0
+
+    def take(self, x: Tensor) -> PreparedInput | None:
+        """The prepared input of `x`, if `x` is the tensor that the leader has just seen."""
+        prepared = self.prepared
+        if prepared is None or prepared.source is not x:
+            return None
+        self.remaining -= 1
+        if self.remaining == 0:
+            self.prepared = None
+        return prepared
+
+    def leave(self, prepared: PreparedInput) -> None:
+        """Keep the leader's input until every follower has taken it."""
+        if self.followers:
+            self.prepared, self.remaining = prepared, self.followers
+
+
+class Compensation(nn.Module):
+    """Patch factors of one linear and modality: `b`, and `a` on the group's leader."""
+
+    a: Tensor | None
+    b: Tensor
+
+    def __init__(self, rank: int, in_features: int | None, out_features: int, device: torch.device | None) -> None:
+        super().__init__()
+        a = None if in_features is None else torch.zeros(rank, in_features, dtype=FACTOR_DTYPE, device=device)
+        self.register_buffer("a", a)
+        self.register_buffer("b", torch.zeros(out_features, rank, dtype=FACTOR_DTYPE, device=device))
+
+
+class MasquantLinear(nn.Module):
+    """Packed low-bit weight, per-modality smoothing and per-modality low-rank patch.
+
+    Buffers: `weight_packed` int32 [out, words], `weight_scale` bfloat16 [out, groups], `weight_shape` int64 [2],
+    `bias` [out]; on the group's leader also `smooth_scale` bfloat16 [modalities, in] and `compensation.<modality>.a`
+    bfloat16 [rank, in]; `compensation.<modality>.b` bfloat16 [out, rank]. See `ops` for the formula.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_shape: Tensor
+    bias: Tensor | None
+    smooth_scale: Tensor | None
+
+    def __init__(
+        self, spec: LinearSpec, state: ModalityState, group: GroupInput, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        device = torch.device(device) if device is not None else None
+        self.spec, self.state, self.group = spec, state, group
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+        self.is_leader = not group.leader
+        if self.is_leader:
+            group.leader = (self,)
+        words = packed_columns(spec.in_features, spec.num_bits)
+        self.register_buffer("weight_packed", torch.zeros(spec.out_features, words, dtype=torch.int32, device=device))
+        self.register_buffer(
+            "weight_scale", torch.ones(spec.out_features, spec.num_groups, dtype=SCALE_DTYPE, device=device)
+        )
+        self.register_buffer(
+            "weight_shape", torch.tensor([spec.out_features, spec.in_features], dtype=torch.int64, device=device)
+        )
+        bias = torch.zeros(spec.out_features, dtype=spec.dtype, device=device) if spec.has_bias else None
+        self.register_buffer("bias", bias)
+        smooth = None
+        if self.is_leader and spec.has_smooth_scale:
+            smooth = torch.ones(len(state.tokens.modalities), spec.in_features, dtype=SMOOTH_DTYPE, device=device)
+        self.register_buffer("smooth_scale", smooth)
+        self.compensation = nn.ModuleDict(
+            {
+                modality.value: Compensation(
+                    rank, spec.in_features if self.is_leader else None, spec.out_features, device
+                )
+                for modality, rank in spec.ranks.items()
+            }
+        )
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        grid = f"W{s.num_bits}A{s.activation_bits}, group_size={s.group_size or 'channel'}"
+        return f"in_features={s.in_features}, out_features={s.out_features}, {grid}"
+
+    def dequantize(self) -> Tensor:
+        """The smoothed weight as stored, float32 [out, in]."""
+        return dequantize_weight(unpack(self.weight_packed, self.spec.num_bits, self.in_features), self.weight_scale)
+
+    def _prepare(self, x: Tensor) -> PreparedInput:
+        """Smooth and quantize x [..., in], and project it for the patches of the modalities that it holds."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ModelError("a masquant model cannot be trained or differentiated; wrap the call in torch.no_grad()")
+        leader = self.group.leader[0]
+        rows = self.state.rows_for(x)
+        flat = x.reshape(-1, self.in_features)
+        smooth = leader.smooth_scale if rows is not None else None  # text's vector is folded: row 0 is ones
+        q, scale = torch.ops.masquant.quantize_input(flat, rows, smooth, self.spec.activation_bits)
+        patched: list[Modality] = []
+        projected: list[Tensor] = []
+        if rows is not None:
+            for name, factors in leader.compensation.items():
+                modality = Modality(name)
+                row = self.state.tokens.index(modality)
+                patched.append(modality)
+                projected.append(torch.ops.masquant.project_input(flat, rows, smooth, factors.a, row))
+        return PreparedInput(x, q, scale, tuple(projected), tuple(patched))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., out] of x [..., in]; the tokens' modalities come from the forward pass in progress.
+
+        Raises:
+            ModelError: the tokens cannot be routed, or gradients are wanted.
+        """
+        if torch.compiler.is_compiling():
+            prepared = self._prepare(x)  # the compiler shares equal work by itself
+        elif self.is_leader:
+            prepared = self._prepare(x)
+            self.group.leave(prepared)
+        else:
+            prepared = self.group.take(x) or self._prepare(x)
+        b = [self.compensation[modality.value].b for modality in prepared.patched]
+        y = torch.ops.masquant.linear(
+            prepared.q,
+            prepared.scale,
+            self.weight_packed,
+            self.weight_scale,
+            self.bias,
+            list(prepared.projected),
+            b,
+            self.spec.num_bits,
+            x.dtype,
+        )
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+__all__ = ["Compensation", "GroupInput", "LinearSpec", "MasquantLinear", "ops"]

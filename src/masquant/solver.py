@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One linear group: smoothing vectors, base weight and patches, chosen together.
+
+With A_m = X_m / s_m and importance w_m of modality m the group's error is
+
+    sum_m w_m || X_m W^T - (Q(A_m) B^T + A_m a_m^T b_m^T) ||^2
+
+- The vectors lie between the shared and each modality's own (`smoothing.scales`); each is scaled by its gauge.
+- The base B serves all modalities. In floating point its optimum is B* = W G H^-1 with H = sum_m w_m A_m^T A_m and
+  G = sum_m w_m X_m^T A_m; B* = W diag(s) where all vectors are equal. GPTQ then rounds B* under H, which is exact,
+  because the error is quadratic around B* with Hessian H. Rounding to nearest starts from text's W diag(s_text), as
+  in the paper.
+- The patch of each modality removes what it can of W diag(s_m) - B, B's rounding error included.
+
+Where the recipe has a selection, candidates are solved on the fitting samples and judged by the real error, activations
+quantized, on tokens of samples held back. It goes from simple to complex: first the strength of one shared vector,
+then the spread towards each modality's own vector, then the patch. A step must be better by the margin than what it
+replaces, and leave no modality worse than the simplest candidate does. The winner is solved again on all samples.
+Everything is a pure function of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .calibration.statistics import GroupStatistics
+from .compensation import FACTOR_DTYPE, low_rank_patch, patch_bytes, rank_for_bytes, whitened_spectrum
+from .modality import Modality
+from .quantization import (
+    absmax_scale,
+    dequantize_weight,
+    fake_quantize_tokens,
+    quantize_weight,
+    round_gptq,
+    search_scale,
+)
+from .quantization.rounding import damped
+from .recipe import CompensationArgs, Recipe
+from .runtime.linear import SMOOTH_DTYPE
+from .smoothing.scales import gauge, smooth_scale, spread_scale
+
+
+@dataclass(frozen=True)
+class GroupProblem:
+    """One group to solve.
+
+    Attributes:
+        name: `qkv`, `o`, `gate_up` or `down`.
+        weight: float32 [out, in], the linears' rows one below the other.
+        statistics: of the group's input.
+        modalities: of the model, text first.
+        recipe: what to do.
+        realize_text: the vector for text [in] that can really be folded, nearest to the one wanted.
+        row_fold: [out], the factor by which each stored row will be multiplied (a later group's vector, folded).
+        learned: [modalities, in], learned vectors that replace the closed form.
+    """
+
+    name: str
+    weight: Tensor
+    statistics: GroupStatistics
+    modalities: tuple[Modality, ...]
+    recipe: Recipe
+    realize_text: Callable[[Tensor], Tensor]
+    row_fold: Tensor
+    learned: Tensor | None = None
+
+    @property
+    def group_size(self) -> int | None:
+        """Inputs per weight scale."""
+        return self.recipe.scheme.weights.group_size_for(self.weight.shape[1])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What distinguishes one candidate."""
+
+    strength: float
+    spread: float
+    patched: bool
+
+    def __str__(self) -> str:
+        if self.strength == 0 and self.spread == 0:
+            vectors = "no smoothing"
+        else:
+            kind = {0.0: "shared vector", 1.0: "own vectors"}.get(self.spread, f"vectors at spread {self.spread:g}")
+            vectors = f"{kind}, strength {self.strength:g}"
+        return vectors + (", patch" if self.patched else "")
+
+
+@dataclass(frozen=True)
+class GroupSolution:
+    """What is stored of a group.
+
+    Attributes:
+        text_scale: [in], text's vector, to be folded.
+        smooth_scale: [modalities, in], divisors of the folded input, row 0 ones, exact in bfloat16; None if all ones.
+        q: int8 [out, in].
+        weight_scale: [out, groups], before `row_fold`.
+        patches: per modality a [rank, in] and b [out, rank], b before `row_fold`.
+        choice: what was chosen.
+        errors: per modality, relative error ||y - y_ref||^2 / ||y_ref||^2 on the tokens held back (empty if none).
+        candidates: per candidate tried, its name and errors.
+    """
+
+    text_scale: Tensor
+    smooth_scale: Tensor | None
+    q: Tensor
+    weight_scale: Tensor
+    patches: Mapping[Modality, tuple[Tensor, Tensor]]
+    choice: Choice
+    errors: Mapping[Modality, float]
+    candidates: tuple[tuple[str, Mapping[Modality, float]], ...] = ()
+
+    @property
+    def base(self) -> Tensor:
+        """The base weight B, float32 [out, in]."""
+        return dequantize_weight(self.q, self.weight_scale)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Statistics that a candidate is solved on.
+
+    Attributes:
+        statistics: of the group's input.
+        energy: [modalities, in, in], (X_m^T X_m) * (W^T W) elementwise; it sums to ||X_m W^T||^2.
+    """
+
+    statistics: GroupStatistics
+    energy: Tensor
+
+    @classmethod
+    def of(cls, problem: GroupProblem, statistics: GroupStatistics) -> Fit:
+        """Fit of a problem on some of its samples."""
+        moment = statistics.moment
+        return cls(statistics, moment * (problem.weight.t() @ problem.weight).to(moment.dtype))
+
+
+def solve_group(problem: GroupProblem) -> GroupSolution:
+    """Solve one group; see the module's text."""
+    recipe = problem.recipe
+    smoothing = recipe.smoothing
+    mode = smoothing.mode if problem.name in smoothing.groups else "none"
+    if recipe.selection is not None and any(len(x) for x in problem.statistics.held):
+        return _select(problem, mode)
+    strength = 0.0 if mode == "none" else smoothing.strength
+    choice = Choice(strength, 1.0 if mode == "modality" else 0.0, _may_patch(problem))
+    return _solve(problem, Fit.of(problem, problem.statistics.merged()), choice)
+
+
+def _may_patch(problem: GroupProblem) -> bool:
+    compensation = problem.recipe.compensation
+    present = bool((problem.statistics.counts[1:] > 0).any())
+    return compensation is not None and problem.name in compensation.groups and present
+
+
+def _select(problem: GroupProblem, mode: str) -> GroupSolution:
+    """Choose on the fitting samples by the error on the held ones, then solve the winner on all."""
+    selection = problem.recipe.selection
+    assert selection is not None
+    fit = Fit.of(problem, problem.statistics)
+    tried: list[tuple[Choice, dict[Modality, float]]] = []
+
+    def attempt(choice: Choice, base: GroupSolution | None = None) -> tuple[GroupSolution, dict[Modality, float]]:
+        solution = _with_patches(problem, fit, base, choice) if base else _solve(problem, fit, choice)
+        tried.append((choice, measure_errors(problem, solution)))
+        return solution, tried[-1][1]
+
+    best, errors = attempt(Choice(0.0, 0.0, False))
+    simplest = errors
+
+    def consider(choice: Choice, base: GroupSolution | None = None) -> None:
+        nonlocal best, errors
+        solution, found = attempt(choice, base)
+        worst = max(found[m] / max(simplest[m], 1e-30) for m in found)
+        if _gain(errors, found, problem.recipe) > selection.margin and worst <= 1 + selection.margin:
+            best, errors = solution, found
+
+    for strength in selection.strengths if mode != "none" else ():
+        if strength > 0:
+            consider(Choice(strength, 0.0, False))
+    strength = best.choice.strength or problem.recipe.smoothing.strength
+    for spread in selection.spreads if mode == "modality" else ():
+        if spread > 0:
+            consider(Choice(strength, spread, False))
+    if _may_patch(problem):
+        consider(Choice(best.choice.strength, best.choice.spread, True), best)
+    final = _solve(problem, Fit.of(problem, problem.statistics.merged()), best.choice)
+    return replace(final, errors=errors, candidates=tuple((str(choice), e) for choice, e in tried))
+
+
+def _gain(before: Mapping[Modality, float], after: Mapping[Modality, float], recipe: Recipe) -> float:
+    """Weighted mean over modalities of log(before / after): relative, so that no modality's magnitude dominates."""
+    total = sum(recipe.modality_weights[m] for m in before)
+    logs = (recipe.modality_weights[m] * math.log(max(before[m], 1e-30) / max(after[m], 1e-30)) for m in before)
+    return sum(logs) / total
+
+
+def _vectors(problem: GroupProblem, fit: Fit, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Text's realized vector [in] and the divisors of the folded input [modalities, in], exact in bfloat16.
+
+    A modality without tokens keeps text's vector.
+    """
+    statistics = fit.statistics
+    modalities, features = statistics.absmax.shape
+    device = problem.weight.device
+    ones = torch.ones(modalities, features, device=device)
+    if problem.learned is not None:
+        wanted = problem.learned
+    elif choice.strength == 0 and choice.spread == 0:
+        return problem.realize_text(ones[0]), ones
+    else:
+        weight_absmax = problem.weight.abs().amax(0)
+        shared = smooth_scale(statistics.absmax.amax(0), weight_absmax, choice.strength)
+        own = smooth_scale(statistics.absmax, weight_absmax, choice.strength)
+        wanted = spread_scale(shared, own, choice.spread)
+    text = problem.realize_text(wanted[0])
+    ratio = wanted / text
+    ratio[0] = 1.0
+    for m in range(1, modalities):
+        if statistics.counts[m] == 0 or (problem.learned is None and choice.spread == 0):
+            ratio[m] = 1.0
+        else:
+            ratio[m] *= gauge(fit.energy[m], ratio[m])
+    return text, ratio.to(SMOOTH_DTYPE).float()
+
+
+def _importance(problem: GroupProblem, fit: Fit) -> list[float]:
+    """Factor of each modality's second moment in the Hessian; the largest is 1."""
+    factors = []
+    for m, modality in enumerate(problem.modalities):
+        factor = float(problem.recipe.modality_weights[modality]) if fit.statistics.counts[m] else 0.0
+        if problem.recipe.rounding.balance == "modality":
+            energy = float(fit.energy[m].sum())
+            factor = factor / energy if energy > 0 else 0.0
+        factors.append(factor)
+    largest = max(factors)
+    return [factor / largest if largest > 0 else 0.0 for factor in factors]
+
+
+def _round_base(problem: GroupProblem, fit: Fit, text: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers [out, in] and scales [out, groups] of the base weight."""
+    bits, rounding = problem.recipe.scheme.weights.num_bits, problem.recipe.rounding
+    target = problem.weight * text
+    if rounding.method == "nearest" and not rounding.clip_search:
+        scale = absmax_scale(target, bits, problem.group_size, problem.row_fold)
+        return quantize_weight(target, scale, bits), scale
+    moment = fit.statistics.moment
+    hessian, cross = torch.zeros_like(moment[0]), torch.zeros_like(moment[0])
+    for m, factor in enumerate(_importance(problem, fit)):
+        if factor:
+            s = (text * ratio[m]).to(moment.dtype)
+            half = moment[m] * (factor / s)
+            hessian += half / s[:, None]
+            cross += half
+    if rounding.method == "gptq" and bool((ratio != 1).any()):
+        # B* = W G H^-1; the damping of H pulls towards text's weight rather than towards zero.
+        h = damped(hessian, rounding.damping)
+        right = problem.weight.double() @ cross.double() + target.double() @ (h - hessian.double())
+        target = torch.linalg.solve(h, right.t()).t().float()
+    if rounding.clip_search:
+        scale = search_scale(target, bits, problem.group_size, hessian.diagonal(), problem.row_fold)
+    else:
+        scale = absmax_scale(target, bits, problem.group_size, problem.row_fold)
+    if rounding.method == "gptq":
+        return round_gptq(target, scale, hessian, bits, rounding.damping), scale
+    return quantize_weight(target, scale, bits), scale
+
+
+def _patch_rank(compensation: CompensationArgs, problem: GroupProblem, patched: int) -> int:
+    """Rank of each of `patched` modalities' patches."""
+    out_features, in_features = problem.weight.shape
+    limit = min(out_features, in_features)
+    if compensation.rank is not None:
+        rank = compensation.rank
+    elif compensation.rank_ratio is not None:
+        rank = math.ceil(compensation.rank_ratio * limit)
+    else:
+        assert compensation.max_bytes is not None
+        weights = problem.recipe.scheme.weights
+        groups = in_features // (problem.group_size or in_features)
+        packed = out_features * (in_features * weights.num_bits // 8 + 2 * groups)
+        rank = rank_for_bytes(compensation.max_bytes * packed / patched, in_features, out_features)
+    return min(max(rank, compensation.min_rank), limit)
+
+
+def _solve(problem: GroupProblem, fit: Fit, choice: Choice) -> GroupSolution:
+    """Vectors, base and (if the choice has them) patches of one candidate."""
+    text, ratio = _vectors(problem, fit, choice)
+    q, scale = _round_base(problem, fit, text, ratio)
+    smooth = ratio if bool((ratio != 1).any()) else None
+    solution = GroupSolution(text, smooth, q, scale, {}, choice, {})
+    if choice.patched:
+        solution = _with_patches(problem, fit, solution, choice)
+    return solution
+
+
+def _with_patches(problem: GroupProblem, fit: Fit, solution: GroupSolution, choice: Choice) -> GroupSolution:
+    """The solution with a patch for every modality that has tokens."""
+    statistics = fit.statistics
+    present = [m for m in range(1, len(problem.modalities)) if statistics.counts[m] > 0]
+    patches: dict[Modality, tuple[Tensor, Tensor]] = {}
+    assert problem.recipe.compensation is not None
+    rank = _patch_rank(problem.recipe.compensation, problem, len(present)) if present else 0
+    for m in present if rank else ():
+        ratio = 1.0 if solution.smooth_scale is None else solution.smooth_scale[m]
+        s = solution.text_scale * ratio
+        difference = problem.weight * s - solution.base
+        spectrum = whitened_spectrum(difference, statistics.moment[m] / torch.outer(s, s))
+        a, b = low_rank_patch(difference, spectrum, rank)
+        fold = problem.row_fold[:, None]
+        stored_b = (b.float() * fold).to(FACTOR_DTYPE).float() / fold
+        patches[problem.modalities[m]] = (a.to(FACTOR_DTYPE).float(), stored_b)
+    return replace(solution, patches=patches, choice=choice)
+
+
+def group_output(problem: GroupProblem, solution: GroupSolution, x: Tensor, m: int) -> Tensor:
+    """What the quantized group gives for float input x [tokens, in] of modality number m, without bias."""
+    ratio = 1.0 if solution.smooth_scale is None else solution.smooth_scale[m]
+    smoothed = x / (solution.text_scale * ratio)
+    y = fake_quantize_tokens(smoothed, problem.recipe.scheme.input_activations.num_bits) @ solution.base.t()
+    if problem.modalities[m] in solution.patches:
+        a, b = solution.patches[problem.modalities[m]]
+        y += (smoothed @ a.t()) @ b.t()
+    return y
+
+
+def measure_errors(problem: GroupProblem, solution: GroupSolution) -> dict[Modality, float]:
+    """Relative squared error per modality on the tokens held back; modalities without such tokens are left out."""
+    errors = {}
+    for m, x in enumerate(problem.statistics.held):
+        if len(x):
+            reference = x @ problem.weight.t()
+            energy = float(reference.square().sum())
+            error = float((group_output(problem, solution, x, m) - reference).square().sum())
+            errors[problem.modalities[m]] = error / energy if energy > 0 else error
+    return errors
+
+
+def solution_patch_bytes(solution: GroupSolution) -> int:
+    """Bytes of the patches."""
+    out_features, in_features = solution.q.shape
+    return sum(patch_bytes(a.shape[0], in_features, out_features) for a, _ in solution.patches.values())
