@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -60,7 +61,7 @@ def load_any(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         model, info = model_class(config, path).from_pretrained(
             path, output_loading_info=True, **{"dtype": "auto", **kwargs}
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:

@@ -74,11 +74,9 @@ def _device(name: str) -> str:
 
 
 def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError
+    from .evaluation import human_bytes
+
+    return human_bytes(size)
 
 
 def _print_json(value: Any) -> None:

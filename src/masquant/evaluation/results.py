@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of an evaluation, and the JSON that programs read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .metrics import error_rates, exact_match, ratio_of_sums
+
+# Tasks whose answers are scored by word and character error rate; other answers by exact match.
+SPEECH_TASKS = frozenset({"speech", "asr", "transcription"})
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What was evaluated: name, scheme ("float" if unquantized), parameters of the float model, bytes by kind."""
+
+    model: str = ""
+    scheme: str = "float"
+    num_parameters: int = 0
+    bytes: Mapping[str, int] = field(default_factory=lambda: {"base": 0, "compensation": 0, "float": 0})
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """One sample: sums over its answer tokens, and its decoded answer.
+
+    `kl`, `agreed` and `baseline_nll` are None without a baseline, `prediction` without generation.
+    """
+
+    id: str
+    task: str
+    is_text: bool
+    nll: float
+    tokens: int
+    kl: float | None = None
+    agreed: int | None = None
+    baseline_nll: float | None = None
+    prediction: str | None = None
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All scores of one model."""
+
+    description: ModelDescription
+    samples: tuple[SampleScore, ...]
+    seconds: float | None = None
+    peak_memory: int | None = None
+
+    def with_cost(self, *, seconds: float, peak_memory: int) -> Evaluation:
+        """The same with what quantizing took: seconds, and bytes of the process."""
+        return dataclasses.replace(self, seconds=seconds, peak_memory=peak_memory)
+
+    @property
+    def tasks(self) -> dict[str, dict[str, float]]:
+        """Metrics per task, in the order in which tasks first occur."""
+        by_task: dict[str, list[SampleScore]] = {}
+        for sample in self.samples:
+            by_task.setdefault(sample.task, []).append(sample)
+        return {task: task_metrics(task, scores) for task, scores in by_task.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; values that are not numbers (NaN) become null."""
+        result: dict[str, Any] = {
+            "model": self.description.model,
+            "scheme": self.description.scheme,
+            "num_parameters": self.description.num_parameters,
+            "bytes": dict(self.description.bytes),
+            "tasks": {
+                task: {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in metrics.items()}
+                for task, metrics in self.tasks.items()
+            },
+        }
+        if self.seconds is not None:
+            result["seconds"] = self.seconds
+            result["peak_memory"] = self.peak_memory
+        result["samples"] = [dataclasses.asdict(sample) for sample in self.samples]
+        return result
+
+
+def task_metrics(task: str, scores: Sequence[SampleScore]) -> dict[str, float]:
+    """Metrics of one task's samples."""
+    tokens = [s.tokens for s in scores]
+    nll, nll_stderr = ratio_of_sums([s.nll for s in scores], tokens)
+    metrics: dict[str, float] = {"num_samples": len(scores), "nll": nll, "nll_stderr": nll_stderr}
+    if all(s.is_text for s in scores):
+        metrics["perplexity"] = math.exp(min(nll, 700.0))
+    decoded = [s for s in scores if s.prediction is not None and s.reference is not None]
+    if decoded:
+        references = [s.reference or "" for s in decoded]
+        predictions = [s.prediction or "" for s in decoded]
+        if task in SPEECH_TASKS:
+            metrics["wer"], metrics["cer"] = error_rates(references, predictions)
+        else:
+            metrics["exact_match"] = exact_match(references, predictions)
+    if all(s.baseline_nll is not None for s in scores):
+        delta = [s.nll - (s.baseline_nll or 0.0) for s in scores]
+        metrics["delta_nll"], metrics["delta_nll_stderr"] = ratio_of_sums(delta, tokens)
+        metrics["kl"], metrics["kl_stderr"] = ratio_of_sums([s.kl or 0.0 for s in scores], tokens)
+        metrics["top1_agreement"], _ = ratio_of_sums([float(s.agreed or 0) for s in scores], tokens)
+    return metrics
+
+
+def comparison_dict(results: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """JSON of several methods: the float model and, under `methods`, each method with its change against it."""
+    return {
+        "float": results["float"].to_dict(),
+        "methods": {name: result.to_dict() for name, result in results.items() if name != "float"},
+    }
