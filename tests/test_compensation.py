@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from masquant.compensation import low_rank_patch, patch_bytes, rank_for_bytes, whitened_spectrum
+from masquant.compensation import leading_vectors, low_rank_patch, patch_bytes, rank_for_bytes, whitened_spectrum
 
 SHAPES = [(12, 20), (30, 20), (20, 20)]
 
@@ -27,7 +27,7 @@ def test_error_is_the_tail_of_the_spectrum(out_features: int, in_features: int) 
     spectrum = whitened_spectrum(dw, c)
     previous = float("inf")
     for rank in range(0, min(out_features, in_features) + 1, 3):
-        a, b = low_rank_patch(dw, spectrum, rank)
+        a, b = low_rank_patch(dw, spectrum.vectors[:, :rank])
         error = loss(x, dw, b @ a)
         assert error == pytest.approx(float(spectrum.energies[rank:].sum()), rel=1e-8, abs=1e-6)
         assert error <= previous
@@ -37,7 +37,7 @@ def test_error_is_the_tail_of_the_spectrum(out_features: int, in_features: int) 
 @pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
 def test_full_rank_is_exact_for_any_base(out_features: int, in_features: int) -> None:
     dw, x, c = problem(out_features, in_features)
-    a, b = low_rank_patch(dw, whitened_spectrum(dw, c), min(out_features, in_features))
+    a, b = low_rank_patch(dw, whitened_spectrum(dw, c).vectors)
     torch.testing.assert_close(x @ (b @ a).t(), x @ dw.t(), rtol=1e-7, atol=1e-7)
 
 
@@ -45,7 +45,7 @@ def test_full_rank_is_exact_for_any_base(out_features: int, in_features: int) ->
 def test_is_no_worse_than_plain_svd_or_random_subspaces(out_features: int, in_features: int) -> None:
     dw, x, c = problem(out_features, in_features)
     rank = 4
-    a, b = low_rank_patch(dw, whitened_spectrum(dw, c), rank)
+    a, b = low_rank_patch(dw, whitened_spectrum(dw, c).vectors[:, :rank])
     ours = loss(x, dw, b @ a)
     u, s, vt = torch.linalg.svd(dw, full_matrices=False)
     assert ours <= loss(x, dw, u[:, :rank] @ torch.diag(s[:rank]) @ vt[:rank])
@@ -58,7 +58,7 @@ def test_is_no_worse_than_plain_svd_or_random_subspaces(out_features: int, in_fe
 def test_equals_the_papers_form_with_an_inverse() -> None:
     """L1 L2 = T^-1 Trunc_r(T dW^T), C = T^T T, where C is well conditioned."""
     dw, _, c = problem(12, 20)
-    a, b = low_rank_patch(dw, whitened_spectrum(dw, c), 5)
+    a, b = low_rank_patch(dw, whitened_spectrum(dw, c).vectors[:, :5])
     values, vectors = torch.linalg.eigh(c)
     t = (vectors * values.sqrt()).t()
     u, s, vt = torch.linalg.svd(t @ dw.t(), full_matrices=False)
@@ -70,15 +70,24 @@ def test_equals_the_papers_form_with_an_inverse() -> None:
 def test_fewer_tokens_than_channels(out_features: int, in_features: int) -> None:
     dw, x, c = problem(out_features, in_features, tokens=3)
     spectrum = whitened_spectrum(dw, c)
-    a, b = low_rank_patch(dw, spectrum, 3)
+    a, b = low_rank_patch(dw, spectrum.vectors[:, :3])
     assert bool(a.isfinite().all()) and bool(b.isfinite().all())
     assert loss(x, dw, b @ a) <= 1e-12 * loss(x, dw, torch.zeros_like(dw))
+
+
+def test_power_iteration_captures_what_the_exact_vectors_do() -> None:
+    dw, x, c = problem(100, 120, tokens=500)
+    spectrum = whitened_spectrum(dw, c)
+    for rank in (1, 4, 12):
+        a, b = low_rank_patch(dw, leading_vectors(dw, c, rank))
+        assert loss(x, dw, b @ a) <= 1.01 * float(spectrum.energies[rank:].sum())
+        torch.testing.assert_close(b.t() @ b, torch.eye(rank, dtype=torch.float64))
 
 
 def test_nothing_to_compensate_gives_a_zero_patch() -> None:
     _, _, c = problem(12, 20)
     zero = torch.zeros(12, 20)
-    a, b = low_rank_patch(zero, whitened_spectrum(zero, c), 4)
+    a, b = low_rank_patch(zero, whitened_spectrum(zero, c).vectors[:, :4])
     assert not (b @ a).any()
 
 

@@ -92,8 +92,9 @@ def test_embeddings_need_explicit_ids() -> None:
 
 def test_unknown_ids_are_refused() -> None:
     state = ModalityState(TOKENS)
-    with pytest.raises(ModelError, match="modality id 3 is unknown"), override_ids(
-        state, torch.tensor([[3]], dtype=torch.uint8)
+    with (
+        pytest.raises(ModelError, match="modality id 3 is unknown"),
+        override_ids(state, torch.tensor([[3]], dtype=torch.uint8)),
     ):
         pass
     with pytest.raises(ModelError, match="must be uint8"), override_ids(state, torch.tensor([[1]])):

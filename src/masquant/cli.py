@@ -37,14 +37,19 @@ class SchemeName(str, Enum):
     W4A16 = "W4A16"
 
 
-ModelArgument = Annotated[str, typer.Argument(help="Model folder or hub id that transformers loads.", show_default=False)]
+ModelArgument = Annotated[
+    str, typer.Argument(help="Model folder or hub id that transformers loads.", show_default=False)
+]
 OutArgument = Annotated[Path, typer.Argument(help="Checkpoint folder.", show_default=False)]
 SchemeOption = Annotated[SchemeName, typer.Option(help="Bits of weights and activations.", case_sensitive=False)]
 GroupOption = Annotated[
     str | None, typer.Option(help="Inputs per weight scale: 32, 64, 128 or channel.", show_default="128, or 64 or 32")
 ]
 CalibrationOption = Annotated[
-    Path, typer.Option("--calibration", help="Folder with metadata.jsonl: text, image and audio samples.", show_default=False)
+    Path,
+    typer.Option(
+        "--calibration", help="Folder with metadata.jsonl: text, image and audio samples.", show_default=False
+    ),
 ]
 LimitOption = Annotated[int | None, typer.Option(help="Use only this many samples, balanced over tasks.", min=1)]
 BatchOption = Annotated[int, typer.Option(help="Samples that run together.", min=1)]
@@ -103,8 +108,12 @@ def quantize(
     calibration: CalibrationOption,
     scheme: SchemeOption = SchemeName.W4A8,
     group_size: GroupOption = None,
-    method: Annotated[str, typer.Option(help="Recipe by name: masquant, masquant-paper, gptq, smoothquant, rtn.")] = "masquant",
-    recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML) instead of scheme, group size, method.")] = None,
+    method: Annotated[
+        str, typer.Option(help="Recipe by name: masquant, masquant-paper, gptq, smoothquant, rtn.")
+    ] = "masquant",
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe file (YAML) instead of scheme, group size, method.")
+    ] = None,
     limit: LimitOption = None,
     batch_size: BatchOption = 8,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -383,7 +392,9 @@ def check(out: OutArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the checkpoint is left.")] = Path("omni-135m-w4a8"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the checkpoint is left.")] = Path(
+        "omni-135m-w4a8"
+    ),
     scheme: SchemeOption = SchemeName.W4A8,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples, likelihoods only.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")] = False,

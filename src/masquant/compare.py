@@ -102,6 +102,3 @@ def compare(
                 keep(method, quantized, processor, report, results[method])
             del quantized
     return results
-
-
-

@@ -53,9 +53,28 @@ def whitened_spectrum(difference: Tensor, moment: Tensor) -> Spectrum:
     return Spectrum(torch.where(energies > floor, energies, 0.0), whitened.t() @ left * inverse)
 
 
-def low_rank_patch(difference: Tensor, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors a [rank, in] and b [out, rank], float64, of the best patch of that rank."""
-    vectors = spectrum.vectors[:, :rank]
+def leading_vectors(difference: Tensor, moment: Tensor, rank: int) -> Tensor:
+    """The first `rank` output-space singular vectors [out, rank] of A dW^T, float64.
+
+    Block power iteration on dW C dW^T, which is never formed; the whole spectrum where that is no saving. Ten extra
+    vectors and eight rounds leave less than a thousandth of the captured energy on the spectra of real weights.
+    """
+    out_features, in_features = difference.shape
+    size = rank + 10
+    if 4 * size >= min(out_features, in_features):
+        return whitened_spectrum(difference, moment).vectors[:, :rank]
+    dw, c = difference.double(), moment.double()
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(out_features, size, generator=generator, dtype=torch.float64).to(dw.device)
+    for _ in range(8):
+        block = torch.linalg.qr(dw @ (c @ (dw.t() @ block)))[0]
+    small = dw.t() @ block
+    _, rotation = torch.linalg.eigh(small.t() @ (c @ small))
+    return block @ rotation.flip(1)[:, :rank]
+
+
+def low_rank_patch(difference: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors a [rank, in] and b [out, rank], float64, of the patch on the singular vectors [out, rank]."""
     return vectors.t() @ difference.double(), vectors
 
 

@@ -96,16 +96,14 @@ def activation_ranges(
     for index in progress.track(range(len(plan.blocks)), "measuring", len(plan.blocks), "block"):
         targets, statistics = run.observe(decoder_blocks(loaded)[index], index, plan.blocks[index])
         for group in plan.blocks[index]:
-            found = statistics[group.name]
+            found = statistics[group.name].fitting
             names = [m.value for m in state.tokens.modalities]
             present = [bool(count) for count in found.counts]
             rows.append(
                 {
                     "block": index,
                     "group": group.name,
-                    "absmax": {
-                        n: float(found.absmax[m].max()) if present[m] else None for m, n in enumerate(names)
-                    },
+                    "absmax": {n: float(found.absmax[m].max()) if present[m] else None for m, n in enumerate(names)},
                     "misalignment_db": {
                         n: misalignment_db(found.absmax[0], found.absmax[m])
                         for m, n in enumerate(names)

@@ -291,7 +291,9 @@ class Run:
 
         batches = [(b.ids, b.mask, b.held_back) for b in inputs.batches]
         leaders = {g.name: g.linears[0].name for g in groups}
-        statistics = collect_statistics(block, leaders, batches, forward, len(self.state.tokens.modalities))
+        statistics = collect_statistics(
+            block, leaders, batches, forward, len(self.state.tokens.modalities), self.recipe.needs_moments
+        )
         return targets, statistics
 
     def advance_float(self, block: nn.Module, index: int) -> None:
@@ -303,7 +305,7 @@ class Run:
     def check(self, index: int, statistics: Mapping[str, GroupStatistics]) -> None:
         """Refuse activations that are not finite."""
         for name, found in statistics.items():
-            if not bool(found.absmax.isfinite().all()):
+            if not bool(found.merged().absmax.isfinite().all()):
                 raise ModelError(
                     f"layers.{index}: the input of {name} holds NaN or infinity on the calibration samples; load the "
                     "model in bfloat16 or float32, and check its weights"

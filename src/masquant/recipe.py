@@ -224,7 +224,7 @@ class SelectionArgs:
 
     held_back: float = 0.15
     strengths: tuple[float, ...] = (0.0, 0.35, 0.65)
-    spreads: tuple[float, ...] = (0.0, 0.4, 0.8)
+    spreads: tuple[float, ...] = (0.0, 0.5)
     margin: float = 0.01
 
     def __post_init__(self) -> None:
@@ -270,6 +270,12 @@ class Recipe:
                     re.compile(pattern[3:])
                 except re.error as error:
                     raise RecipeError(f"ignore pattern {pattern!r} is no regular expression: {error}") from error
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether second moments of the inputs are needed, and not only their ranges."""
+        rounding = self.rounding.method == "gptq" or self.rounding.clip_search
+        return rounding or self.compensation is not None or self.smoothing.mode == "modality"
 
     @classmethod
     def preset(

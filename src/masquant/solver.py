@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .calibration.statistics import GroupStatistics
-from .compensation import FACTOR_DTYPE, low_rank_patch, patch_bytes, rank_for_bytes, whitened_spectrum
+from .calibration.statistics import GroupStatistics, Moments
+from .compensation import FACTOR_DTYPE, leading_vectors, low_rank_patch, patch_bytes, rank_for_bytes
 from .modality import Modality
 from .quantization import (
     absmax_scale,
@@ -128,17 +128,31 @@ class Fit:
 
     Attributes:
         statistics: of the group's input.
-        energy: [modalities, in, in], (X_m^T X_m) * (W^T W) elementwise; it sums to ||X_m W^T||^2.
+        energy: [modalities, in, in], (X_m^T X_m) * (W^T W) elementwise; it sums to ||X_m W^T||^2. None where the
+            recipe needs no second moments.
     """
 
-    statistics: GroupStatistics
-    energy: Tensor
+    statistics: Moments
+    energy: Tensor | None
 
     @classmethod
-    def of(cls, problem: GroupProblem, statistics: GroupStatistics) -> Fit:
+    def of(cls, problem: GroupProblem, statistics: Moments) -> Fit:
         """Fit of a problem on some of its samples."""
         moment = statistics.moment
+        if moment is None:
+            return cls(statistics, None)
         return cls(statistics, moment * (problem.weight.t() @ problem.weight).to(moment.dtype))
+
+    @property
+    def moment(self) -> Tensor:
+        """Second moments [modalities, in, in], which the recipe must have asked for."""
+        assert self.statistics.moment is not None
+        return self.statistics.moment
+
+    def energy_of(self, m: int) -> Tensor:
+        """Energy [in, in] of modality number m."""
+        assert self.energy is not None
+        return self.energy[m]
 
 
 def solve_group(problem: GroupProblem) -> GroupSolution:
@@ -155,7 +169,7 @@ def solve_group(problem: GroupProblem) -> GroupSolution:
 
 def _may_patch(problem: GroupProblem) -> bool:
     compensation = problem.recipe.compensation
-    present = bool((problem.statistics.counts[1:] > 0).any())
+    present = bool((problem.statistics.fitting.counts[1:] > 0).any())
     return compensation is not None and problem.name in compensation.groups and present
 
 
@@ -163,12 +177,13 @@ def _select(problem: GroupProblem, mode: str) -> GroupSolution:
     """Choose on the fitting samples by the error on the held ones, then solve the winner on all."""
     selection = problem.recipe.selection
     assert selection is not None
-    fit = Fit.of(problem, problem.statistics)
+    fit = Fit.of(problem, problem.statistics.fitting)
+    references = [x @ problem.weight.t() for x in problem.statistics.held]
     tried: list[tuple[Choice, dict[Modality, float]]] = []
 
     def attempt(choice: Choice, base: GroupSolution | None = None) -> tuple[GroupSolution, dict[Modality, float]]:
         solution = _with_patches(problem, fit, base, choice) if base else _solve(problem, fit, choice)
-        tried.append((choice, measure_errors(problem, solution)))
+        tried.append((choice, measure_errors(problem, solution, references)))
         return solution, tried[-1][1]
 
     best, errors = attempt(Choice(0.0, 0.0, False))
@@ -226,7 +241,7 @@ def _vectors(problem: GroupProblem, fit: Fit, choice: Choice) -> tuple[Tensor, T
         if statistics.counts[m] == 0 or (problem.learned is None and choice.spread == 0):
             ratio[m] = 1.0
         else:
-            ratio[m] *= gauge(fit.energy[m], ratio[m])
+            ratio[m] *= gauge(fit.energy_of(m), ratio[m])
     return text, ratio.to(SMOOTH_DTYPE).float()
 
 
@@ -236,7 +251,7 @@ def _importance(problem: GroupProblem, fit: Fit) -> list[float]:
     for m, modality in enumerate(problem.modalities):
         factor = float(problem.recipe.modality_weights[modality]) if fit.statistics.counts[m] else 0.0
         if problem.recipe.rounding.balance == "modality":
-            energy = float(fit.energy[m].sum())
+            energy = float(fit.energy_of(m).sum())
             factor = factor / energy if energy > 0 else 0.0
         factors.append(factor)
     largest = max(factors)
@@ -250,7 +265,7 @@ def _round_base(problem: GroupProblem, fit: Fit, text: Tensor, ratio: Tensor) ->
     if rounding.method == "nearest" and not rounding.clip_search:
         scale = absmax_scale(target, bits, problem.group_size, problem.row_fold)
         return quantize_weight(target, scale, bits), scale
-    moment = fit.statistics.moment
+    moment = fit.moment
     hessian, cross = torch.zeros_like(moment[0]), torch.zeros_like(moment[0])
     for m, factor in enumerate(_importance(problem, fit)):
         if factor:
@@ -311,8 +326,8 @@ def _with_patches(problem: GroupProblem, fit: Fit, solution: GroupSolution, choi
         ratio = 1.0 if solution.smooth_scale is None else solution.smooth_scale[m]
         s = solution.text_scale * ratio
         difference = problem.weight * s - solution.base
-        spectrum = whitened_spectrum(difference, statistics.moment[m] / torch.outer(s, s))
-        a, b = low_rank_patch(difference, spectrum, rank)
+        vectors = leading_vectors(difference, fit.moment[m] / torch.outer(s, s), rank)
+        a, b = low_rank_patch(difference, vectors)
         fold = problem.row_fold[:, None]
         stored_b = (b.float() * fold).to(FACTOR_DTYPE).float() / fold
         patches[problem.modalities[m]] = (a.to(FACTOR_DTYPE).float(), stored_b)
@@ -330,12 +345,17 @@ def group_output(problem: GroupProblem, solution: GroupSolution, x: Tensor, m: i
     return y
 
 
-def measure_errors(problem: GroupProblem, solution: GroupSolution) -> dict[Modality, float]:
-    """Relative squared error per modality on the tokens held back; modalities without such tokens are left out."""
+def measure_errors(
+    problem: GroupProblem, solution: GroupSolution, references: list[Tensor] | None = None
+) -> dict[Modality, float]:
+    """Relative squared error per modality on the tokens held back; modalities without such tokens are left out.
+
+    `references` are the float outputs on those tokens, per modality, if they are known already.
+    """
     errors = {}
     for m, x in enumerate(problem.statistics.held):
         if len(x):
-            reference = x @ problem.weight.t()
+            reference = references[m] if references else x @ problem.weight.t()
             energy = float(reference.square().sum())
             error = float((group_output(problem, solution, x, m) - reference).square().sum())
             errors[problem.modalities[m]] = error / energy if energy > 0 else error

@@ -218,7 +218,10 @@ def test_decode_equals_the_last_row_of_prefill(omni: Case) -> None:
         whole = omni.model(input_ids=ids, position_ids=position, use_cache=False).logits
         first = omni.model(input_ids=ids[:, :11], position_ids=position[..., :11], use_cache=True)
         step = omni.model(
-            input_ids=ids[:, 11:], position_ids=position[..., 11:], past_key_values=first.past_key_values, use_cache=True
+            input_ids=ids[:, 11:],
+            position_ids=position[..., 11:],
+            past_key_values=first.past_key_values,
+            use_cache=True,
         )
     torch.testing.assert_close(step.logits[:, -1], whole[:, -1], rtol=1e-4, atol=1e-4)
     assert state_of(omni.model).ids is None

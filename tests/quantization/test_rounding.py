@@ -48,7 +48,8 @@ def test_is_close_to_the_best_of_all_integers() -> None:
         centre = (w[row] / scale[row]).floor()
         options = itertools.product(range(-2, 4), repeat=3)
         total_best += min(
-            loss(w[row : row + 1], (centre + torch.tensor(o)).clamp(-7, 7)[None], scale[row : row + 1], h) for o in options
+            loss(w[row : row + 1], (centre + torch.tensor(o)).clamp(-7, 7)[None], scale[row : row + 1], h)
+            for o in options
         )
     assert total_best <= loss(w, q, scale, h) <= 4 * total_best
 

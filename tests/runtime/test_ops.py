@@ -16,7 +16,9 @@ def rand(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make(seed: int, tokens: int, features: int, out: int, bits: int, group_size: int | None, modalities: int = 3) -> Any:
+def make(
+    seed: int, tokens: int, features: int, out: int, bits: int, group_size: int | None, modalities: int = 3
+) -> Any:
     w = rand(seed, out, features)
     scale = absmax_scale(w, bits, group_size)
     q = quantize_weight(w, scale, bits)

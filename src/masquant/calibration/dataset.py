@@ -147,7 +147,9 @@ def _media_path(value: str | Path, folder: Path | None, where: str) -> Path:
 def _checked(sample: Sample, where: str) -> Sample:
     if sample.text is not None:
         if sample.prompt or sample.answer or sample.media:
-            raise DataError(f"{where} ({sample.id}) has text and also a prompt, answer or media; give one or the other")
+            raise DataError(
+                f"{where} ({sample.id}) has text and also a prompt, answer or media; give one or the other"
+            )
         if not sample.text.strip():
             raise DataError(f"{where} ({sample.id}) has an empty text")
         return sample

@@ -138,12 +138,12 @@ class SampleEncoder:
         for sample in samples:
             for kind in sample.media:
                 if not self.accepts[kind]:
-                    raise DataError(f"sample {sample.id} has {kind}, which {type(self.processor).__name__} cannot take")
+                    raise DataError(
+                        f"sample {sample.id} has {kind}, which {type(self.processor).__name__} cannot take"
+                    )
         arguments: dict[str, Any] = {}
         if any(s.image is not None for s in samples):
-            arguments["images"] = [
-                [] if s.image is None else [load_image(s.image, f"sample {s.id}")] for s in samples
-            ]
+            arguments["images"] = [[] if s.image is None else [load_image(s.image, f"sample {s.id}")] for s in samples]
         videos = [load_video(s.video, f"sample {s.id}") for s in samples if s.video is not None]
         if videos:
             arguments["videos"] = videos

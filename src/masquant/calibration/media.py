@@ -27,7 +27,9 @@ MAX_FRAMES = 64
 def _check_size(size: tuple[int, int], where: str) -> None:
     width, height = size
     if min(size) < MIN_EDGE:
-        raise DataError(f"{where}: an image of {width} x {height} pixels is too small, at least {MIN_EDGE} x {MIN_EDGE}")
+        raise DataError(
+            f"{where}: an image of {width} x {height} pixels is too small, at least {MIN_EDGE} x {MIN_EDGE}"
+        )
     if max(size) > MAX_EDGE or width * height > MAX_PIXELS:
         raise DataError(
             f"{where}: an image of {width} x {height} pixels is too large, at most {MAX_EDGE} on an edge and "
@@ -124,7 +126,9 @@ def check_audio(source: Path | Mapping[str, Any], where: str) -> None:
             raise DataError(f"{where}: {source} is no readable sound file: {error}") from error
         seconds = info.frames / info.samplerate
     if not 0 < seconds <= MAX_SECONDS:
-        raise DataError(f"{where}: audio of {seconds:.1f} s; more than 0 and at most {MAX_SECONDS:.0f} s are supported")
+        raise DataError(
+            f"{where}: audio of {seconds:.1f} s; more than 0 and at most {MAX_SECONDS:.0f} s are supported"
+        )
 
 
 def load_audio(source: Path | Mapping[str, Any], sampling_rate: int, where: str) -> np.ndarray:

@@ -18,75 +18,81 @@ HELD_TOKENS = 512  # per modality and group
 
 
 @dataclass
+class Moments:
+    """Statistics over some samples.
+
+    Attributes:
+        absmax: [modalities, in], float32.
+        counts: [modalities], tokens.
+        moment: [modalities, in, in], sum of x x^T, or None.
+    """
+
+    absmax: Tensor
+    counts: Tensor
+    moment: Tensor | None
+
+    @classmethod
+    def empty(cls, modalities: int, features: int, device: torch.device, with_moment: bool) -> Moments:
+        """Statistics of no token."""
+        dtype = torch.float64 if features <= _DOUBLE_LIMIT else torch.float32
+        moment = torch.zeros(modalities, features, features, dtype=dtype, device=device) if with_moment else None
+        return cls(
+            torch.zeros(modalities, features, device=device),
+            torch.zeros(modalities, dtype=torch.int64, device=device),
+            moment,
+        )
+
+    def update(self, m: int, x: Tensor) -> None:
+        """Add tokens x, float32 [tokens, in], of modality number m."""
+        self.absmax[m] = torch.maximum(self.absmax[m], x.abs().amax(0))
+        self.counts[m] += len(x)
+        if self.moment is not None:
+            self.moment[m] += (x.t() @ x).to(self.moment.dtype)
+
+    def __add__(self, other: Moments) -> Moments:
+        moment = None if self.moment is None or other.moment is None else self.moment + other.moment
+        return Moments(torch.maximum(self.absmax, other.absmax), self.counts + other.counts, moment)
+
+
+@dataclass
 class GroupStatistics:
     """Statistics of one group's input.
 
     Attributes:
-        absmax: [modalities, in], float32, over the fitting samples.
-        moment: [modalities, in, in], sum of x x^T over the fitting samples.
-        counts: [modalities], fitting tokens.
-        held: per modality, float32 [tokens, in] of the samples held back.
-        held_absmax, held_moment, held_counts: the same statistics of the samples held back.
+        fitting: over the samples that candidates are solved on.
+        deciding: over the samples held back.
+        held: per modality, tokens of the samples held back, float32 [tokens, in].
     """
 
-    absmax: Tensor
-    moment: Tensor
-    counts: Tensor
+    fitting: Moments
+    deciding: Moments
     held: list[Tensor]
-    held_absmax: Tensor
-    held_moment: Tensor
-    held_counts: Tensor
 
     @classmethod
-    def empty(cls, modalities: int, features: int, device: torch.device) -> GroupStatistics:
+    def empty(cls, modalities: int, features: int, device: torch.device, with_moment: bool = True) -> GroupStatistics:
         """Statistics of no token."""
-        dtype = torch.float64 if features <= _DOUBLE_LIMIT else torch.float32
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
         return cls(
-            zeros(modalities, features),
-            zeros(modalities, features, features, dtype=dtype),
-            zeros(modalities, dtype=torch.int64),
-            [zeros(0, features) for _ in range(modalities)],
-            zeros(modalities, features),
-            zeros(modalities, features, features, dtype=dtype),
-            zeros(modalities, dtype=torch.int64),
+            Moments.empty(modalities, features, device, with_moment),
+            Moments.empty(modalities, features, device, with_moment),
+            [torch.zeros(0, features, device=device) for _ in range(modalities)],
         )
 
     def update(self, x: Tensor, ids: Tensor, held: Tensor) -> None:
         """Add tokens x [tokens, in] with modality ids [tokens]; `held` [tokens] marks those held back."""
         x = x.float()
-        for m in range(len(self.counts)):
-            for is_held in (False, True):
-                part = x[(ids == m) & (held == is_held)]
-                if not len(part):
-                    continue
-                absmax, moment, counts = (
-                    (self.held_absmax, self.held_moment, self.held_counts)
-                    if is_held
-                    else (self.absmax, self.moment, self.counts)
-                )
-                absmax[m] = torch.maximum(absmax[m], part.abs().amax(0))
-                moment[m] += (part.t() @ part).to(moment.dtype)
-                counts[m] += len(part)
-                if is_held:
-                    room = HELD_TOKENS - len(self.held[m])
-                    self.held[m] = torch.cat((self.held[m], part[: max(room, 0)]))
+        for m in range(len(self.held)):
+            own = ids == m
+            fitting, deciding = x[own & ~held], x[own & held]
+            if len(fitting):
+                self.fitting.update(m, fitting)
+            if len(deciding):
+                self.deciding.update(m, deciding)
+                room = max(HELD_TOKENS - len(self.held[m]), 0)
+                self.held[m] = torch.cat((self.held[m], deciding[:room]))
 
-    def merged(self) -> GroupStatistics:
-        """Statistics over all samples, with the same tokens held."""
-        zero = torch.zeros_like(self.held_moment[:0])
-        return GroupStatistics(
-            torch.maximum(self.absmax, self.held_absmax),
-            self.moment + self.held_moment,
-            self.counts + self.held_counts,
-            self.held,
-            self.held_absmax,
-            zero,
-            self.held_counts,
-        )
+    def merged(self) -> Moments:
+        """Statistics over all samples."""
+        return self.fitting + self.deciding
 
 
 def collect_statistics(
@@ -95,6 +101,7 @@ def collect_statistics(
     batches: Sequence[tuple[Tensor, Tensor, Tensor]],
     forward: Callable[[int], None],
     modalities: int,
+    with_moment: bool = True,
 ) -> dict[str, GroupStatistics]:
     """Statistics of every group's input while `forward(i)` runs the block on batch i.
 
@@ -104,6 +111,7 @@ def collect_statistics(
         batches: per batch, modality ids and padding mask [batch, tokens], and samples held back [batch].
         forward: runs the block.
         modalities: how many the model has.
+        with_moment: collect second moments too.
     """
     statistics: dict[str, GroupStatistics] = {}
     current: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -114,7 +122,7 @@ def collect_statistics(
             ids, mask, held_back = (t.to(x.device) for t in current[0])
             held = held_back[:, None].expand_as(mask)
             if group not in statistics:
-                statistics[group] = GroupStatistics.empty(modalities, x.shape[-1], x.device)
+                statistics[group] = GroupStatistics.empty(modalities, x.shape[-1], x.device, with_moment)
             x = x.reshape(*mask.shape, x.shape[-1])
             statistics[group].update(x[mask], ids[mask], held[mask])
 

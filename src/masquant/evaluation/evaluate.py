@@ -61,7 +61,9 @@ def _select(samples: Sequence[Sample], tasks: Sequence[str] | None) -> list[Samp
         return list(samples)
     unknown = sorted(set(tasks) - {s.task for s in samples})
     if unknown:
-        raise DataError(f"no samples of task {', '.join(unknown)}; tasks: {', '.join(sorted({s.task for s in samples}))}")
+        raise DataError(
+            f"no samples of task {', '.join(unknown)}; tasks: {', '.join(sorted({s.task for s in samples}))}"
+        )
     return [s for s in samples if s.task in tasks]
 
 
@@ -163,9 +165,7 @@ def _run(
             model, encoder, samples, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
         )
     return tuple(
-        SampleScore(
-            s.id, s.task, s.text is not None, prediction=answers.get(s.id), reference=s.answer, **found[s.id]
-        )
+        SampleScore(s.id, s.task, s.text is not None, prediction=answers.get(s.id), reference=s.answer, **found[s.id])
         for s in samples
     )
 
