@@ -5,7 +5,7 @@
     q, scale = round x_s to int8 per token           (16-bit activations: q = x_s, scale = 1)
     y = scale * sum_g weight_scale[:, g] * (q_g . w_g)  + bias  + (x_s a_m^T) b_m^T  for tokens of modality m only
 
-The integer products of a group are exact; scales and sums are float32. Three ops, because the first two are shared by
+Products of integers are exact; scales and the sums over groups are float32. Three ops, because the first two are shared by
 all linears of a group.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..quantization import quantize_tokens, unpack
 
-_TOKEN_CHUNK = 128  # rows whose partial sums stay in the cache
+_FEW_TOKENS = 64  # up to here grouped integer products beat one float32 product
 
 
 def _smoothed(x: Tensor, rows: Tensor | None, smooth_scale: Tensor | None) -> Tensor:
@@ -102,18 +102,18 @@ def _integer_product(q: Tensor, w: Tensor) -> Tensor:
 def _scaled_product(q: Tensor, scale: Tensor, w: Tensor, weight_scale: Tensor) -> Tensor:
     """Float32 [tokens, out]: see the module's formula."""
     groups = weight_scale.shape[1]
-    if q.is_floating_point():
-        weight = (w.float().unflatten(1, (groups, -1)) * weight_scale[..., None]).flatten(1)
-        return q @ weight.t()
-    if groups == 1:
+    if groups == 1 and not q.is_floating_point():
         return _integer_product(q, w).float() * weight_scale[:, 0] * scale
+    if len(q) > _FEW_TOKENS or q.is_floating_point():
+        # An 8-bit integer times a 4- or 8-bit one times a bfloat16 scale fits in float32's 24 bits: the products are
+        # exact and only their sums are rounded, as below.
+        weight = (w.float().unflatten(1, (groups, -1)) * weight_scale[..., None]).flatten(1)
+        return (q.float() @ weight.t()).mul_(scale)
     y = torch.zeros(len(q), len(w), dtype=torch.float32, device=q.device)
     size = q.shape[1] // groups
-    for start in range(0, len(q), _TOKEN_CHUNK):
-        part, sums = q[start : start + _TOKEN_CHUNK], y[start : start + _TOKEN_CHUNK]
-        for g in range(groups):
-            columns = slice(g * size, (g + 1) * size)
-            sums.addcmul_(_integer_product(part[:, columns], w[:, columns]).float(), weight_scale[:, g])
+    for g in range(groups):
+        columns = slice(g * size, (g + 1) * size)
+        y.addcmul_(_integer_product(q[:, columns], w[:, columns]).float(), weight_scale[:, g])
     return y.mul_(scale)
 
 
