@@ -10,7 +10,7 @@ group's rows are therefore solved first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ def _heads_of(group: LinearGroup, block: nn.Module, config: Any, features: int) 
     rows = linear_of(block, group.fold_into).out_features
     if heads % kv_heads or features % heads or rows != features // heads * kv_heads:
         raise ModelError(
-            f"{group.fold_into} has {rows} rows for {kv_heads} of {heads} heads over {features} inputs of the {group.name} "
-            "group; the family's description is wrong for this model"
+            f"{group.fold_into} has {rows} rows for {kv_heads} of {heads} heads, {features} inputs of {group.name}; "
+            "the family's description is wrong for this model"
         )
     return heads, kv_heads
 
@@ -49,8 +49,7 @@ def text_realizer(block: nn.Module, group: GroupPlan, config: Any) -> Callable[[
     """Function from the vector wanted for text to the nearest one that can be folded exactly."""
     kind = group.group.fold_kind
     if kind == "norm":
-        norm = block.get_submodule(group.group.fold_into)
-        weight = norm.weight.detach()
+        weight = cast(Tensor, block.get_submodule(group.group.fold_into).weight).detach()
         return lambda scale: exact_norm_fold(weight, scale)[1]
     if kind == "heads":
         heads, kv_heads = _heads_of(group.group, block, config, group.in_features)
@@ -124,8 +123,8 @@ def apply_solutions(
     for group in groups:
         solution = solutions[group.name]
         if group.group.fold_kind == "norm":
-            norm = block.get_submodule(group.group.fold_into)
-            norm.weight.copy_(exact_norm_fold(norm.weight, solution.text_scale)[0])
+            norm = cast(Tensor, block.get_submodule(group.group.fold_into).weight)
+            norm.copy_(exact_norm_fold(norm, solution.text_scale)[0])
         for name in group.kept:  # left in floating point: its input is divided by text's vector all the same
             linear_of(block, name).weight.mul_(solution.text_scale)
     quantized = {linear.name for group in groups for linear in group.linears}

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .pipeline import QuantizationReport
 from .version import __version__
 
+# ruff: noqa: E501  the card is Markdown, whose lines are paragraphs and table rows
 _TEMPLATE = """\
 ---
 library_name: transformers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: parses, calls the API, prints. Results on stdout, progress on stderr, no traceback for mistakes."""
+"""The command line: parses, calls the API, prints. Results on stdout, progress on stderr, mistakes in one line."""
 
 from __future__ import annotations
 
@@ -405,7 +405,7 @@ def demo(
 
     Example: `masquant demo`
     """
-    from .demo import run_demo
+    from .showcase import run_demo
 
     run_demo(output, scheme.value, quick=quick, overwrite=overwrite, json_file=json_file, progress=_progress(quiet))
 

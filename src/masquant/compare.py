@@ -50,6 +50,7 @@ def compare(
     batch_size: int = 16,
     generate: bool = True,
     progress: AbstractProgress | None = None,
+    fast: bool = False,
     keep: Callable[[str, PreTrainedModel, Any, QuantizationReport, Evaluation], None] | None = None,
     dtype: str = "auto",
 ) -> dict[str, Evaluation]:
@@ -64,6 +65,7 @@ def compare(
         batch_size: of the evaluation.
         generate: also decode answers (error rates, exact match), not only the answers' likelihood.
         progress: receives what happens.
+        fast: try fewer candidates (see `Recipe.fast`).
         keep: called with every method's name, model, processor, report and evaluation, for example to save it.
         dtype: to load the model in.
 
@@ -72,6 +74,8 @@ def compare(
     """
     progress = progress or NoProgress()
     recipes = {method: Recipe.preset(method, scheme, group_size) for method in methods}
+    if fast:
+        recipes = {method: recipe.fast() for method, recipe in recipes.items()}
     processor = load_processor(model)
     name = str(model)
     source = load_any(model, dtype=dtype)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .errors import ModelError
 
@@ -173,7 +174,7 @@ def attach_routing(model: nn.Module, decoder: nn.Module, state: ModalityState) -
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, with_kwargs=True, always_call=True)
-        if isinstance(getattr(module, "supports_gradient_checkpointing", None), bool):
+        if isinstance(module, PreTrainedModel):
             module.supports_gradient_checkpointing = False  # transformers then refuses to enable it
 
 

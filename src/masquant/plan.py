@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe does to a model, before it is done: which linears are quantized how, which stay, bytes before/after."""
+"""What a recipe will do to a model: which linears are quantized how, which stay, bytes before and after."""
 
 from __future__ import annotations
 

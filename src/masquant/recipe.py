@@ -277,6 +277,14 @@ class Recipe:
         rounding = self.rounding.method == "gptq" or self.rounding.clip_search
         return rounding or self.compensation is not None or self.smoothing.mode == "modality"
 
+    def fast(self) -> Recipe:
+        """The same with few candidates: one strength of a shared vector, and the patch."""
+        if self.selection is None:
+            return self
+        return dataclasses.replace(
+            self, selection=dataclasses.replace(self.selection, strengths=(0.0, 0.35), spreads=(0.0,))
+        )
+
     @classmethod
     def preset(
         cls, method: str, scheme: str = "W4A8", group_size: int | Literal["channel"] | None = None, **changes: Any

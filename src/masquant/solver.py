@@ -12,10 +12,10 @@ With A_m = X_m / s_m and importance w_m of modality m the group's error is
   in the paper.
 - The patch of each modality removes what it can of W diag(s_m) - B, B's rounding error included.
 
-Where the recipe has a selection, candidates are solved on the fitting samples and judged by the real error, activations
-quantized, on tokens of samples held back. It goes from simple to complex: first the strength of one shared vector,
-then the spread towards each modality's own vector, then the patch. A step must be better by the margin than what it
-replaces, and leave no modality worse than the simplest candidate does. The winner is solved again on all samples.
+Where the recipe has a selection, candidates are solved on the fitting samples and judged by the real error,
+activations quantized, on tokens of samples held back. It goes from simple to complex: first the strength of one shared
+vector, then the spread towards each modality's own vector, then the patch. A step must be better by the margin than
+what it replaces, and leave no modality worse than the simplest candidate does. The winner is solved again on all samples.
 Everything is a pure function of tensors.
 """
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from masquant.quantization import absmax_scale, pack, quantize_weight
-from masquant.runtime import ops  # noqa: F401  registers the ops
+from masquant.runtime import ops
 
 
 def rand(seed: int, *shape: int) -> Tensor:

@@ -48,7 +48,7 @@ class SampleEncoder:
             DataError: the processor has no tokenizer.
         """
         self.processor, self.max_tokens = processor, max_tokens
-        self.tokenizer = getattr(processor, "tokenizer", None)
+        self.tokenizer: Any = getattr(processor, "tokenizer", None)
         if self.tokenizer is None:
             raise DataError(f"{type(processor).__name__} has no tokenizer; a multimodal processor is needed")
         parameters = inspect.signature(type(processor).__call__).parameters

@@ -5,163 +5,287 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 import torch
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
 from ..errors import DataError
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that starts another program, as EPS does
 MAX_PIXELS = 64_000_000
 MAX_EDGE = 16_384
 MIN_EDGE = 2
-MAX_SECONDS = 300.0
 MAX_FRAMES = 64
+MAX_VIDEO_PIXELS = 4 * MAX_PIXELS  # of all frames together
+MAX_SECONDS = 300.0
+MIN_SECONDS = 0.1  # less gives no audio token at all in some models
+MIN_RATE, MAX_RATE = 1_000, 768_000
+
+_IMAGE_LIMITS = f"at most {MAX_EDGE:,} pixels on an edge and {MAX_PIXELS // 10**6} million in all; scale it down"
 
 
-def _check_size(size: tuple[int, int], where: str) -> None:
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turn what a decoder raises into a DataError. Broken files make decoders raise nearly any exception."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # size (bounded here more strictly), EXIF (ignored)
+            yield
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"{what} does not exist") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{what} is too large: {error}; {_IMAGE_LIMITS}") from error
+    except Exception as error:
+        raise DataError(f"{what} is broken, or of a kind that cannot be read: {error}") from error
+
+
+def _check_size(size: tuple[int, int], what: str) -> None:
     width, height = size
     if min(size) < MIN_EDGE:
-        raise DataError(
-            f"{where}: an image of {width} x {height} pixels is too small, at least {MIN_EDGE} x {MIN_EDGE}"
-        )
+        raise DataError(f"{what} is {width} x {height} pixels: too small, at least {MIN_EDGE} x {MIN_EDGE}")
     if max(size) > MAX_EDGE or width * height > MAX_PIXELS:
-        raise DataError(
-            f"{where}: an image of {width} x {height} pixels is too large, at most {MAX_EDGE} on an edge and "
-            f"{MAX_PIXELS // 10**6} million in all; scale it down"
-        )
+        raise DataError(f"{what} is {width:,} x {height:,} pixels: too large, {_IMAGE_LIMITS}")
+
+
+def _image_name(source: Any, where: str) -> str:
+    return f"{where}: the picture" if isinstance(source, Image.Image) else f"{where}: image file {source}"
 
 
 def open_image(source: Path | Image.Image, where: str) -> Image.Image:
-    """An image file's header, checked against the bounds; nothing is decoded yet.
+    """An image with its header checked against the bounds; a file is not decoded yet.
+
+    Args:
+        source: file, or picture in memory.
+        where: what to call the sample in an error.
 
     Raises:
         DataError: missing, no image, or out of bounds.
     """
+    what = _image_name(source, where)
     if isinstance(source, Image.Image):
-        _check_size(source.size, where)
+        _check_size(source.size, what)
         return source
+    if not isinstance(source, Path):
+        raise DataError(f"{where}: an image must be a path or a PIL picture, got {type(source).__name__}")
+    with _reading(what):
+        image = Image.open(source, formats=FORMATS)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bounds below are stricter
-            image = Image.open(source)
-    except FileNotFoundError as error:
-        raise DataError(f"{where}: image file {source} does not exist") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{where}: {source}: {error}; at most {MAX_PIXELS // 10**6} million pixels") from error
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise DataError(f"{where}: {source} is no readable image: {error}") from error
-    try:
-        _check_size(image.size, f"{where}: {source}")
+        _check_size(image.size, what)
     except DataError:
         image.close()
         raise
     return image
 
 
-def check_image(source: Path | Image.Image, where: str) -> None:
-    """Check an image's header."""
+def check_image(source: Path | Image.Image, where: str) -> tuple[int, int]:
+    """Check an image's header: (width, height).
+
+    Raises:
+        DataError: as `open_image`.
+    """
     image = open_image(source, where)
     if image is not source:
         image.close()
+    return image.size
+
+
+def _rgb(image: Image.Image, what: str) -> Image.Image:
+    """Decoded, upright, RGB. Transparency is dropped, as transformers' image processors do."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise DataError(f"{what} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
+    upright = ImageOps.exif_transpose(image)
+    return upright.convert("RGBA").convert("RGB") if "transparency" in upright.info else upright.convert("RGB")
 
 
 def load_image(source: Path | Image.Image, where: str) -> Image.Image:
-    """RGB picture, upright.
+    """RGB picture, turned upright by its EXIF orientation.
+
+    Args:
+        source: file, or picture in memory.
+        where: what to call the sample in an error.
 
     Raises:
-        DataError: missing, broken or out of bounds.
+        DataError: missing, broken, out of bounds, or of more than 8 bits per channel.
     """
-    image = open_image(source, where)
+    image, what = open_image(source, where), _image_name(source, where)
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{where}: {source} is a broken image: {error}") from error
+        with _reading(what):
+            return _rgb(image, what)
     finally:
         if image is not source:
             image.close()
+
+
+def check_video(source: Path | Sequence[Any], where: str) -> int:
+    """Check the headers of a video: number of frames.
+
+    Raises:
+        DataError: another kind of source, missing, no image, or out of bounds.
+    """
+    if isinstance(source, Path):
+        if source.suffix.lower() not in (".gif", ".webp"):
+            raise DataError(
+                f"{where}: {source}: a video is a list of pictures, or one animated GIF or WebP; other files are not "
+                "read, extract their frames first"
+            )
+        with open_image(source, where) as image, _reading(_image_name(source, where)):
+            count = int(getattr(image, "n_frames", 1))
+            pixels = count * image.width * image.height
+    elif isinstance(source, Sequence) and not isinstance(source, str | bytes):
+        count = len(source)
+        pixels = sum(width * height for width, height in (check_image(frame, where) for frame in source[:MAX_FRAMES]))
+    else:
+        raise DataError(
+            f"{where}: a video is a list of pictures, or one animated GIF or WebP; got {type(source).__name__}"
+        )
+    if not 1 <= count <= MAX_FRAMES:
+        raise DataError(f"{where}: the video has {count} frames; 1 to {MAX_FRAMES} are supported, leave some out")
+    if pixels > MAX_VIDEO_PIXELS:
+        raise DataError(
+            f"{where}: the video's {count} frames have {pixels:,} pixels; at most {MAX_VIDEO_PIXELS // 10**6} million "
+            "are supported, scale them down"
+        )
+    return count
 
 
 def load_video(source: Path | Sequence[Any], where: str) -> list[Image.Image]:
     """Frames of a video given as a list of pictures or as an animated GIF or WebP.
 
     Raises:
-        DataError: another kind of file, or broken, or too long.
+        DataError: as `check_video`, or broken, or frames of several sizes.
     """
-    if not isinstance(source, Path):
-        frames = [load_image(Path(f) if isinstance(f, str) else f, where) for f in source]
+    check_video(source, where)
+    if isinstance(source, Path):
+        what = _image_name(source, where)
+        with open_image(source, where) as image, _reading(what):
+            frames = [_rgb(frame, what) for frame in ImageSequence.Iterator(image)]
     else:
-        if source.suffix.lower() not in (".gif", ".webp"):
-            raise DataError(f"{where}: {source}: a video is a list of pictures or an animated GIF or WebP")
-        with open_image(source, where) as image:
-            if getattr(image, "n_frames", 1) > MAX_FRAMES:
-                raise DataError(f"{where}: {source} has more than {MAX_FRAMES} frames")
-            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
-    if not 1 <= len(frames) <= MAX_FRAMES:
-        raise DataError(f"{where}: a video of {len(frames)} frames; 1 to {MAX_FRAMES} are supported")
+        frames = [load_image(frame, where) for frame in source]
+    sizes = sorted({frame.size for frame in frames})
+    if len(sizes) > 1:
+        raise DataError(f"{where}: the video's frames differ in size: {sizes[0]} and {sizes[1]}; make them equal")
     return frames
 
 
-def check_audio(source: Path | Mapping[str, Any], where: str) -> None:
-    """Check a sound file's header, or an array's form.
+def _sound_in_memory(source: Mapping[str, Any], where: str) -> tuple[np.ndarray, int]:
+    """Array [frames] or [frames, channels] as given, and its rate."""
+    if "array" not in source or "sampling_rate" not in source:
+        raise DataError(
+            f"{where}: audio in memory needs 'array' and 'sampling_rate', got {', '.join(map(str, source))}"
+        )
+    rate = source["sampling_rate"]
+    if isinstance(rate, bool) or not isinstance(rate, Integral):
+        raise DataError(f"{where}: the audio's sampling_rate must be an integer, got {rate!r}")
+    with _reading(f"{where}: the audio's array"):
+        array = np.asarray(source["array"])
+    if array.ndim not in (1, 2) or array.dtype.kind not in "fi":
+        raise DataError(
+            f"{where}: the audio's array must be [frames] or [channels, frames] of floats or signed integers, got "
+            f"{array.dtype} {list(array.shape)}"
+        )
+    if array.ndim == 2 and array.shape[0] < array.shape[1]:
+        array = array.T
+    return array, int(rate)
+
+
+def _check_bounds(frames: int, rate: int, what: str, max_seconds: float) -> float:
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise DataError(f"{what} has a sampling rate of {rate} Hz; {MIN_RATE:,} to {MAX_RATE:,} Hz are supported")
+    seconds = frames / rate
+    if not MIN_SECONDS <= seconds <= max_seconds:
+        rule = f"{MIN_SECONDS} s to {max_seconds:g} s are supported"
+        raise DataError(f"{what} lasts {seconds:.2f} s; {rule}, {'cut' if frames else 'replace'} it")
+    return seconds
+
+
+def check_audio(source: Path | Mapping[str, Any], where: str, *, max_seconds: float = MAX_SECONDS) -> float:
+    """Check a sound file's header, or an array's form: its seconds.
+
+    Args:
+        source: file, or mapping with `array` and `sampling_rate`.
+        where: what to call the sample in an error.
+        max_seconds: longest duration.
 
     Raises:
         DataError: missing, no sound file, or out of bounds.
     """
     if isinstance(source, Mapping):
-        if "array" not in source or "sampling_rate" not in source:
-            raise DataError(f"{where}: audio in memory needs 'array' and 'sampling_rate', got {', '.join(source)}")
-        seconds = len(source["array"]) / source["sampling_rate"]
-    else:
+        array, rate = _sound_in_memory(source, where)
+        return _check_bounds(len(array), rate, f"{where}: the audio", max_seconds)
+    if not isinstance(source, Path):
+        raise DataError(f"{where}: audio must be a path or a mapping, got {type(source).__name__}")
+    what = f"{where}: audio file {source}"
+    with _reading(what):
         if not source.exists():
-            raise DataError(f"{where}: audio file {source} does not exist")
-        try:
-            info = soundfile.info(str(source))
-        except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-            raise DataError(f"{where}: {source} is no readable sound file: {error}") from error
-        seconds = info.frames / info.samplerate
-    if not 0 < seconds <= MAX_SECONDS:
-        raise DataError(
-            f"{where}: audio of {seconds:.1f} s; more than 0 and at most {MAX_SECONDS:.0f} s are supported"
-        )
+            raise FileNotFoundError(source)
+        info = soundfile.info(str(source))
+    return _check_bounds(info.frames, info.samplerate, what, max_seconds)
 
 
-def load_audio(source: Path | Mapping[str, Any], sampling_rate: int, where: str) -> np.ndarray:
-    """Mono sound, float32 [frames], resampled to `sampling_rate`.
-
-    Raises:
-        DataError: missing, broken, out of bounds, or not finite.
-    """
-    check_audio(source, where)
-    if isinstance(source, Mapping):
-        data, rate = np.asarray(source["array"], dtype=np.float32), int(source["sampling_rate"])
-    else:
-        try:
-            data, rate = soundfile.read(str(source), dtype="float32", always_2d=False)
-        except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-            raise DataError(f"{where}: {source} is a broken sound file: {error}") from error
-    mono = data.mean(axis=1) if data.ndim == 2 else data
-    if not mono.size or not np.isfinite(mono).all():
-        raise DataError(f"{where}: the audio is empty or holds values that are not finite")
-    return resample(torch.from_numpy(np.ascontiguousarray(mono)), rate, sampling_rate).numpy()
+def _read_sound(source: Path, what: str) -> tuple[np.ndarray, int]:
+    """Mono float32 [frames] of a file, read in pieces, and its rate."""
+    with _reading(what), soundfile.SoundFile(str(source)) as file:
+        pieces = file.blocks(blocksize=1 << 20, dtype="float32", always_2d=True)
+        wave = np.concatenate([piece.mean(axis=1) for piece in pieces])
+        if len(wave) != file.frames:
+            raise DataError(f"{what} is cut off: {len(wave)} of {file.frames} frames")
+        return wave, int(file.samplerate)
 
 
-def resample(wave: Tensor, rate: int, new_rate: int, zeros: int = 32, rolloff: float = 0.95) -> Tensor:
-    """Band-limited resampling by a windowed sinc.
-
-    y(n / new_rate) = sum_k x_k h(n / new_rate - k / rate), h the ideal low-pass of rolloff * min(rates) / 2 under a
-    squared-cosine window of `zeros` zero crossings on each side. One filter per output phase.
+def load_audio(
+    source: Path | Mapping[str, Any], sampling_rate: int, where: str, *, max_seconds: float = MAX_SECONDS
+) -> np.ndarray:
+    """Mono sound, resampled: float32 [frames].
 
     Args:
-        wave: [frames].
+        source: file, or mapping with `array` ([frames] or [channels, frames]) and `sampling_rate`; integers are scaled
+            to [-1, 1).
+        sampling_rate: of the result.
+        where: what to call the sample in an error.
+        max_seconds: longest duration.
+
+    Raises:
+        DataError: as `check_audio`, or broken, or not finite.
+    """
+    check_audio(source, where, max_seconds=max_seconds)
+    if isinstance(source, Mapping):
+        what = f"{where}: the audio"
+        array, rate = _sound_in_memory(source, where)
+        scale = 1.0 if array.dtype.kind == "f" else 1.0 / (np.iinfo(array.dtype).max + 1)
+        wave = array.reshape(len(array), -1).mean(axis=1, dtype=np.float64) * scale
+    else:
+        what = f"{where}: audio file {source}"
+        wave, rate = _read_sound(source, what)
+    if not (np.abs(wave) <= np.finfo(np.float32).max).all():
+        raise DataError(f"{what} holds values that are not finite")
+    return resample(torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32)), rate, sampling_rate).numpy()
+
+
+def resample(
+    wave: Tensor, rate: int, new_rate: int, *, zeros: int = 64, rolloff: float = 0.95, beta: float = 9.0
+) -> Tensor:
+    """Band-limited resampling by a windowed sinc, exact for any ratio of rates.
+
+    y[n] = sum_k x[k] h(n old / new - k), h the ideal low-pass at rolloff * min(rates) / 2 under a Kaiser window; one
+    filter per phase, each of sum 1. With the defaults the band up to 90 % of the lower Nyquist frequency is kept and
+    aliases are about 90 dB down.
+
+    Args:
+        wave: float [frames].
         rate, new_rate: in Hz.
         zeros: half width of the filter in zero crossings.
-        rolloff: share of the band that is kept.
+        rolloff: where the low-pass cuts, as a share of the lower Nyquist frequency.
+        beta: of the Kaiser window.
 
     Returns:
         [ceil(frames * new_rate / rate)].
@@ -170,12 +294,19 @@ def resample(wave: Tensor, rate: int, new_rate: int, zeros: int = 32, rolloff: f
         return wave
     divisor = math.gcd(rate, new_rate)
     old, new = rate // divisor, new_rate // divisor
-    band = min(old, new) * rolloff
-    width = math.ceil(zeros * old / band)
-    taps = torch.arange(-width, width + old, dtype=torch.float64) / old
-    phases = torch.arange(new, dtype=torch.float64) / new
-    t = ((taps[None] - phases[:, None]) * band).clamp(-zeros, zeros)
-    kernel = torch.sinc(t) * torch.cos(t * math.pi / (2 * zeros)).square() * (band / old)
-    padded = torch.nn.functional.pad(wave, (width, width + old))
-    frames = torch.nn.functional.conv1d(padded[None, None], kernel.to(wave.dtype)[:, None], stride=old)[0]
-    return frames.t().flatten()[: math.ceil(len(wave) * new / old)]
+    length = -(-len(wave) * new // old)
+    band = rolloff * min(1.0, new / old)
+    width = math.ceil(zeros / band)
+    padded = torch.nn.functional.pad(wave, (width - 1, width))
+    taps = torch.arange(1 - width, width + 1, dtype=torch.float64)
+    edge = torch.special.i0(torch.tensor(beta, dtype=torch.float64))
+    result = wave.new_empty(length)
+    for phase in range(min(new, length)):
+        start, remainder = divmod(phase * old, new)
+        t = (remainder / new - taps) * band
+        window = torch.special.i0(beta * (1 - (t / zeros).square()).clamp(min=0).sqrt()) / edge
+        kernel = torch.sinc(t) * window * (t.abs() <= zeros)
+        kernel = (kernel / kernel.sum()).to(wave.dtype)
+        windows = padded[start:].unfold(0, 2 * width, old)[: -(-(length - phase) // new)]
+        result[phase::new] = torch.cat([part @ kernel for part in windows.split(1 << 13)])
+    return result

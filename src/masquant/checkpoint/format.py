@@ -126,6 +126,7 @@ def make_format(
     sizes: dict[str, int | None] = {
         linear.name: linear.group_size for groups in blocks for group in groups for linear in group.linears
     }
+    grids: tuple[tuple[str, WeightArgs], ...]
     if len(set(sizes.values())) == 1:
         grids = (("Linear", WeightArgs(weights.num_bits, weights.strategy, next(iter(sizes.values())))),)
     else:

@@ -50,8 +50,8 @@ def unpack(packed: Tensor, num_bits: int, in_features: int) -> Tensor:
     """
     if packed.dtype != torch.int32 or packed.shape[1] != packed_columns(in_features, num_bits):
         raise CheckpointError(
-            f"packed weight is {packed.dtype} {tuple(packed.shape)}; {in_features} inputs of {num_bits} bits need int32 "
-            f"[out, {packed_columns(in_features, num_bits)}]"
+            f"packed weight is {packed.dtype} {tuple(packed.shape)}; {in_features} inputs of {num_bits} bits need "
+            f"int32 [out, {packed_columns(in_features, num_bits)}]"
         )
     if sys.byteorder != "little":
         packed = packed.view(torch.uint8).unflatten(1, (-1, 4)).flip(-1).flatten(1).view(torch.int32)

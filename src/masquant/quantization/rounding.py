@@ -36,13 +36,13 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     Damping is raised tenfold, up to the diagonal's mean, where a singular H needs it.
 
     Raises:
-        torch.linalg.LinAlgError: H has negative eigenvalues or is not finite.
+        RuntimeError: H has negative eigenvalues or is not finite.
     """
     while True:
         try:
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian, damping)))
             return torch.linalg.cholesky(inverse, upper=True)
-        except torch.linalg.LinAlgError:
+        except RuntimeError:  # torch.linalg.LinAlgError
             if damping >= 1:
                 raise
             damping = min(1.0, max(damping, 1e-4) * 10)

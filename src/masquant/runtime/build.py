@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..modality import Modality, ModalityState
 from ..plan import GroupPlan
-from .linear import GroupInput, LinearSpec, MasquantLinear
+from .linear import Compensation, GroupInput, LinearSpec, MasquantLinear
 
 
 def replace_group(
@@ -69,7 +70,7 @@ def fill_group(
             assert smooth_scale is not None
             module.smooth_scale.copy_(smooth_scale)
         for modality, (a, b) in patches.items():
-            factors = module.compensation[modality.value]
+            factors = cast(Compensation, module.compensation[modality.value])
             factors.b.copy_(b[rows])
             if factors.a is not None:
                 factors.a.copy_(a)

@@ -5,8 +5,8 @@
     q, scale = round x_s to int8 per token           (16-bit activations: q = x_s, scale = 1)
     y = scale * sum_g weight_scale[:, g] * (q_g . w_g)  + bias  + (x_s a_m^T) b_m^T  for tokens of modality m only
 
-Products of integers are exact; scales and the sums over groups are float32. Three ops, because the first two are shared by
-all linears of a group.
+Products of integers are exact; scales and the sums over groups are float32. Three ops, because the first two are
+shared by all linears of a group.
 """
 
 from __future__ import annotations

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`masquant demo`: from nothing to a compared, packed checkpoint of a small model that reads, sees and hears."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from .api import save
+from .calibration.dataset import load_samples
+from .checkpoint.store import check_output, write_json
+from .compare import compare
+from .demo import demo_directory, obtain_model
+from .evaluation import Evaluation, comparison_dict, evaluation_table, examples_table
+from .pipeline import QuantizationReport, peak_memory
+from .progress import AbstractProgress
+
+METHODS = ("rtn", "smoothquant", "gptq", "masquant")
+EXAMPLE_TASKS = ("speech", "picture", "spoken-question")
+QUICK_CALIBRATION, QUICK_EVALUATION = 24, 30
+
+
+def example_ids(results: Mapping[str, Evaluation]) -> list[str]:
+    """One sample per task whose answers differ most between the methods, among those that the float model gets right
+    (or nearly); the first of the task otherwise."""
+    chosen = []
+    for task in EXAMPLE_TASKS:
+        samples = [s for s in results["float"].samples if s.task == task and s.prediction is not None]
+        if not samples:
+            continue
+        answers = {
+            s.id: {r.prediction for result in results.values() for r in result.samples if r.id == s.id}
+            for s in samples
+        }
+        right = [s for s in samples if (s.prediction or "").lower() == (s.reference or "").lower()]
+        chosen.append(max(right or samples, key=lambda s: len(answers[s.id])).id)
+    return chosen
+
+
+def run_demo(
+    output: Path,
+    scheme: str,
+    *,
+    quick: bool,
+    overwrite: bool,
+    json_file: Path | None,
+    progress: AbstractProgress,
+) -> None:
+    """Obtain the model, compare four methods with the float model, leave the best one's checkpoint at `output`."""
+    start = time.monotonic()
+    check_output(output, overwrite=overwrite, resume=False)
+    model = obtain_model(on_progress=progress.note)
+    data = demo_directory() / "data"
+    calibration = load_samples(data / "calibration", limit=QUICK_CALIBRATION if quick else None)
+    evaluation = load_samples(data / "evaluation", limit=QUICK_EVALUATION if quick else None)
+
+    def keep(
+        method: str, quantized: PreTrainedModel, processor: Any, report: QuantizationReport, result: Evaluation
+    ) -> None:
+        if method == "masquant":
+            save(quantized, processor, output, report, source=model, evaluation=result.to_dict())
+
+    results = compare(model, METHODS, calibration, evaluation, scheme=scheme, progress=progress, keep=keep, fast=quick)
+    if json_file:
+        write_json(json_file, comparison_dict(results))
+    console = Console()
+    console.print(evaluation_table(results, title=f"omni-135m, {scheme}: loss per task"))
+    console.print(examples_table(results, example_ids(results)))
+    console.print(
+        f"checkpoint: {output}   ({len(calibration)} calibration, {len(evaluation)} evaluation samples, "
+        f"{time.monotonic() - start:.0f} s, peak memory {peak_memory() / 2**30:.1f} GiB; {platform.machine()}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__})",
+        highlight=False,
+    )

@@ -1,0 +1,17 @@
+"""Shared set-up: quiet libraries, fixed seeds, two threads (so that results do not depend on the machine)."""
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
