@@ -329,8 +329,8 @@ class Run:
             merged = statistics[group.name].merged()
             weight_absmax = stacked_weight(block, group).abs().amax(0)
             vectors = smooth_scale(merged.absmax, weight_absmax, self.recipe.smoothing.strength)
-            vectors[merged.counts == 0] = vectors[0]
-            initial[group.name] = vectors
+            absent = (merged.counts == 0)[:, None]
+            initial[group.name] = torch.where(absent, vectors[0], vectors)
         bits = self.recipe.scheme.weights.num_bits, self.recipe.scheme.input_activations.num_bits
 
         def trials(theta: Mapping[str, Tensor], ids: Any) -> dict[str, nn.Module]:

@@ -351,7 +351,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "masquant": {
         "smoothing": SmoothingArgs("modality"),
-        "rounding": RoundingArgs("gptq"),
+        "rounding": RoundingArgs("gptq", balance="token"),  # so that the simplest candidate is gptq itself
         "compensation": CompensationArgs(max_bytes=0.05),
         "selection": SelectionArgs(),
     },

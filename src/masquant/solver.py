@@ -13,10 +13,10 @@ With A_m = X_m / s_m and importance w_m of modality m the group's error is
 - The patch of each modality removes what it can of W diag(s_m) - B, B's rounding error included.
 
 Where the recipe has a selection, candidates are solved on the fitting samples and judged by the real error,
-activations quantized, on tokens of samples held back. It goes from simple to complex: first the strength of one shared
-vector, then the spread towards each modality's own vector, then the patch. A step must be better by the margin than
-what it replaces, and leave no modality worse than the simplest candidate does. The winner is solved again on all samples.
-Everything is a pure function of tensors.
+activations quantized, on tokens of samples held back. It goes from simple to complex: first the strength of one
+shared vector, then the spread towards each modality's own vector, then the patch. A step must be better by the margin
+than what it replaces, and leave no modality worse than the simplest candidate does. The winner is solved again on all
+samples. Everything is a pure function of tensors.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,8 +33,10 @@ from .calibration.statistics import GroupStatistics, Moments
 from .compensation import FACTOR_DTYPE, leading_vectors, low_rank_patch, patch_bytes, rank_for_bytes
 from .modality import Modality
 from .quantization import (
+    GptqFactor,
     absmax_scale,
     dequantize_weight,
+    factorize,
     fake_quantize_tokens,
     quantize_weight,
     round_gptq,
@@ -124,24 +127,10 @@ class GroupSolution:
 
 @dataclass(frozen=True)
 class Fit:
-    """Statistics that a candidate is solved on.
+    """A problem with the statistics that its candidates are solved on; what they share is computed once."""
 
-    Attributes:
-        statistics: of the group's input.
-        energy: [modalities, in, in], (X_m^T X_m) * (W^T W) elementwise; it sums to ||X_m W^T||^2. None where the
-            recipe needs no second moments.
-    """
-
+    problem: GroupProblem
     statistics: Moments
-    energy: Tensor | None
-
-    @classmethod
-    def of(cls, problem: GroupProblem, statistics: Moments) -> Fit:
-        """Fit of a problem on some of its samples."""
-        moment = statistics.moment
-        if moment is None:
-            return cls(statistics, None)
-        return cls(statistics, moment * (problem.weight.t() @ problem.weight).to(moment.dtype))
 
     @property
     def moment(self) -> Tensor:
@@ -149,10 +138,46 @@ class Fit:
         assert self.statistics.moment is not None
         return self.statistics.moment
 
-    def energy_of(self, m: int) -> Tensor:
-        """Energy [in, in] of modality number m."""
-        assert self.energy is not None
-        return self.energy[m]
+    @cached_property
+    def energy(self) -> Tensor:
+        """(X_m^T X_m) * (W^T W) elementwise, [modalities, in, in]; it sums to ||X_m W^T||^2."""
+        gram = self.problem.weight.t() @ self.problem.weight
+        return self.moment * gram.to(self.moment.dtype)
+
+    @cached_property
+    def importance(self) -> list[float]:
+        """Factor of each modality's second moment in the Hessian; the largest is 1."""
+        recipe = self.problem.recipe
+        factors = []
+        for m, modality in enumerate(self.problem.modalities):
+            factor = float(recipe.modality_weights[modality]) if self.statistics.counts[m] else 0.0
+            if recipe.rounding.balance == "modality":
+                energy = float(self.energy[m].sum())
+                factor = factor / energy if energy > 0 else 0.0
+            factors.append(factor)
+        largest = max(factors)
+        return [factor / largest if largest > 0 else 0.0 for factor in factors]
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        """sum_m w_m X_m^T X_m, [in, in]: the Hessian where all modalities have the same vector."""
+        return self.hessians(torch.ones_like(self.statistics.absmax))[0]
+
+    @cached_property
+    def factor(self) -> GptqFactor:
+        """`hessian`, factorized."""
+        return factorize(self.hessian, self.problem.recipe.rounding.damping)
+
+    def hessians(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """H = sum_m w_m A_m^T A_m and G = sum_m w_m X_m^T A_m, both [in, in], for A_m = X_m / ratio_m."""
+        h, g = torch.zeros_like(self.moment[0]), torch.zeros_like(self.moment[0])
+        for m, factor in enumerate(self.importance):
+            if factor:
+                r = ratio[m].to(h.dtype)
+                half = self.moment[m] * (factor / r)
+                h += half / r[:, None]
+                g += half
+        return h, g
 
 
 def solve_group(problem: GroupProblem) -> GroupSolution:
@@ -164,7 +189,7 @@ def solve_group(problem: GroupProblem) -> GroupSolution:
         return _select(problem, mode)
     strength = 0.0 if mode == "none" else smoothing.strength
     choice = Choice(strength, 1.0 if mode == "modality" else 0.0, _may_patch(problem))
-    return _solve(problem, Fit.of(problem, problem.statistics.merged()), choice)
+    return _solve(Fit(problem, problem.statistics.merged()), choice)
 
 
 def _may_patch(problem: GroupProblem) -> bool:
@@ -177,12 +202,12 @@ def _select(problem: GroupProblem, mode: str) -> GroupSolution:
     """Choose on the fitting samples by the error on the held ones, then solve the winner on all."""
     selection = problem.recipe.selection
     assert selection is not None
-    fit = Fit.of(problem, problem.statistics.fitting)
+    fit = Fit(problem, problem.statistics.fitting)
     references = [x @ problem.weight.t() for x in problem.statistics.held]
     tried: list[tuple[Choice, dict[Modality, float]]] = []
 
     def attempt(choice: Choice, base: GroupSolution | None = None) -> tuple[GroupSolution, dict[Modality, float]]:
-        solution = _with_patches(problem, fit, base, choice) if base else _solve(problem, fit, choice)
+        solution = _with_patches(fit, base, choice) if base else _solve(fit, choice)
         tried.append((choice, measure_errors(problem, solution, references)))
         return solution, tried[-1][1]
 
@@ -205,7 +230,7 @@ def _select(problem: GroupProblem, mode: str) -> GroupSolution:
             consider(Choice(strength, spread, False))
     if _may_patch(problem):
         consider(Choice(best.choice.strength, best.choice.spread, True), best)
-    final = _solve(problem, Fit.of(problem, problem.statistics.merged()), best.choice)
+    final = _solve(Fit(problem, problem.statistics.merged()), best.choice)
     return replace(final, errors=errors, candidates=tuple((str(choice), e) for choice, e in tried))
 
 
@@ -216,12 +241,12 @@ def _gain(before: Mapping[Modality, float], after: Mapping[Modality, float], rec
     return sum(logs) / total
 
 
-def _vectors(problem: GroupProblem, fit: Fit, choice: Choice) -> tuple[Tensor, Tensor]:
+def _vectors(fit: Fit, choice: Choice) -> tuple[Tensor, Tensor]:
     """Text's realized vector [in] and the divisors of the folded input [modalities, in], exact in bfloat16.
 
     A modality without tokens keeps text's vector.
     """
-    statistics = fit.statistics
+    problem, statistics = fit.problem, fit.statistics
     modalities, features = statistics.absmax.shape
     device = problem.weight.device
     ones = torch.ones(modalities, features, device=device)
@@ -241,50 +266,34 @@ def _vectors(problem: GroupProblem, fit: Fit, choice: Choice) -> tuple[Tensor, T
         if statistics.counts[m] == 0 or (problem.learned is None and choice.spread == 0):
             ratio[m] = 1.0
         else:
-            ratio[m] *= gauge(fit.energy_of(m), ratio[m])
+            ratio[m] *= gauge(fit.energy[m], ratio[m])
     return text, ratio.to(SMOOTH_DTYPE).float()
 
 
-def _importance(problem: GroupProblem, fit: Fit) -> list[float]:
-    """Factor of each modality's second moment in the Hessian; the largest is 1."""
-    factors = []
-    for m, modality in enumerate(problem.modalities):
-        factor = float(problem.recipe.modality_weights[modality]) if fit.statistics.counts[m] else 0.0
-        if problem.recipe.rounding.balance == "modality":
-            energy = float(fit.energy_of(m).sum())
-            factor = factor / energy if energy > 0 else 0.0
-        factors.append(factor)
-    largest = max(factors)
-    return [factor / largest if largest > 0 else 0.0 for factor in factors]
-
-
-def _round_base(problem: GroupProblem, fit: Fit, text: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers [out, in] and scales [out, groups] of the base weight."""
+def _round_base(fit: Fit, text: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers [out, in] and scales [out, groups] of the base weight, which meets inputs divided by text * ratio."""
+    problem = fit.problem
     bits, rounding = problem.recipe.scheme.weights.num_bits, problem.recipe.rounding
-    target = problem.weight * text
+    target = problem.weight
     if rounding.method == "nearest" and not rounding.clip_search:
-        scale = absmax_scale(target, bits, problem.group_size, problem.row_fold)
-        return quantize_weight(target, scale, bits), scale
-    moment = fit.moment
-    hessian, cross = torch.zeros_like(moment[0]), torch.zeros_like(moment[0])
-    for m, factor in enumerate(_importance(problem, fit)):
-        if factor:
-            s = (text * ratio[m]).to(moment.dtype)
-            half = moment[m] * (factor / s)
-            hessian += half / s[:, None]
-            cross += half
+        scale = absmax_scale(target * text, bits, problem.group_size, problem.row_fold)
+        return quantize_weight(target * text, scale, bits), scale
+    hessian = fit.hessian
     if rounding.method == "gptq" and bool((ratio != 1).any()):
-        # B* = W G H^-1; the damping of H pulls towards text's weight rather than towards zero.
+        # B* = W G H^-1; the damping of H pulls towards W rather than towards zero.
+        hessian, cross = fit.hessians(ratio)
         h = damped(hessian, rounding.damping)
-        right = problem.weight.double() @ cross.double() + target.double() @ (h - hessian.double())
+        right = target.double() @ (cross.double() + h - hessian.double())
         target = torch.linalg.solve(h, right.t()).t().float()
     if rounding.clip_search:
-        scale = search_scale(target, bits, problem.group_size, hessian.diagonal(), problem.row_fold)
+        importance = hessian.diagonal() / text.to(hessian.dtype).square()
+        scale = search_scale(target * text, bits, problem.group_size, importance, problem.row_fold)
     else:
-        scale = absmax_scale(target, bits, problem.group_size, problem.row_fold)
+        scale = absmax_scale(target * text, bits, problem.group_size, problem.row_fold)
     if rounding.method == "gptq":
-        return round_gptq(target, scale, hessian, bits, rounding.damping), scale
-    return quantize_weight(target, scale, bits), scale
+        factor = fit.factor if hessian is fit.hessian else factorize(hessian, rounding.damping)
+        return round_gptq(target, scale, factor, bits, text), scale
+    return quantize_weight(target * text, scale, bits), scale
 
 
 def _patch_rank(compensation: CompensationArgs, problem: GroupProblem, patched: int) -> int:
@@ -304,20 +313,20 @@ def _patch_rank(compensation: CompensationArgs, problem: GroupProblem, patched: 
     return min(max(rank, compensation.min_rank), limit)
 
 
-def _solve(problem: GroupProblem, fit: Fit, choice: Choice) -> GroupSolution:
+def _solve(fit: Fit, choice: Choice) -> GroupSolution:
     """Vectors, base and (if the choice has them) patches of one candidate."""
-    text, ratio = _vectors(problem, fit, choice)
-    q, scale = _round_base(problem, fit, text, ratio)
+    text, ratio = _vectors(fit, choice)
+    q, scale = _round_base(fit, text, ratio)
     smooth = ratio if bool((ratio != 1).any()) else None
     solution = GroupSolution(text, smooth, q, scale, {}, choice, {})
     if choice.patched:
-        solution = _with_patches(problem, fit, solution, choice)
+        solution = _with_patches(fit, solution, choice)
     return solution
 
 
-def _with_patches(problem: GroupProblem, fit: Fit, solution: GroupSolution, choice: Choice) -> GroupSolution:
+def _with_patches(fit: Fit, solution: GroupSolution, choice: Choice) -> GroupSolution:
     """The solution with a patch for every modality that has tokens."""
-    statistics = fit.statistics
+    problem, statistics = fit.problem, fit.statistics
     present = [m for m in range(1, len(problem.modalities)) if statistics.counts[m] > 0]
     patches: dict[Modality, tuple[Tensor, Tensor]] = {}
     assert problem.recipe.compensation is not None

@@ -8,7 +8,9 @@ between blocks, as masks of sliding windows do) are kept as they came. No tracin
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +61,9 @@ class HiddenStates:
     """The hidden states of every batch between two blocks, in memory or spilled to a temporary folder."""
 
     def __init__(self, spill: bool) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="masquant-hidden-") if spill else None
+        self._folder = Path(tempfile.mkdtemp(prefix="masquant-hidden-")) if spill else None
+        if self._folder is not None:
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._states: list[Tensor | Path] = []
 
     def __len__(self) -> int:
@@ -79,7 +83,7 @@ class HiddenStates:
         if self._folder is None:
             self._states[i] = hidden
             return
-        path = Path(self._folder.name) / f"{i}.safetensors"
+        path = self._folder / f"{i}.safetensors"
         save_file({"hidden": hidden}, path)
         self._states[i] = path
 

@@ -127,7 +127,9 @@ def _from_folder(path: Path, require_answers: bool) -> list[Sample]:
         try:
             row = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is no JSON object: {error}") from error
+            raise DataError(f"{where} is no JSON: {error}; write one JSON object per line") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{where} must be a JSON object, got {type(row).__name__}")
         samples.append(_sample(row, where, file.parent, require_answers))
     return samples
 
@@ -199,11 +201,8 @@ def _check_content(sample: Sample, where: str, require_answers: bool) -> None:
         return
     if not sample.prompt and not sample.media:
         raise DataError(f"{where} has neither text, prompt nor media; give a prompt and an answer, or a text")
-    if sample.answer is None:
-        if require_answers:
-            raise DataError(f"{where} has no answer; every sample needs one, or a text")
-    elif not sample.answer.strip():
-        raise DataError(f"{where} has an empty answer; write it down, or leave the sample out")
+    if require_answers and not (sample.answer or "").strip():
+        raise DataError(f"{where} has no answer; every sample needs one, or a text")
 
 
 def _check_media(sample: Sample) -> None:

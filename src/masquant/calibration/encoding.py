@@ -10,12 +10,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import DataError
 from .dataset import Sample
-from .media import load_audio, load_image, load_video
+from .media import check_audio, check_image, check_video, load_audio, load_image, load_video
+
+KINDS = ("image", "video", "audio")
+_MARKER = "\ue000"  # stands for the answer while its place is looked for; a private character, in no real text
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class EncodedBatch:
         samples: in the batch's order.
         inputs: every output of the processor.
         answer_mask: bool [batch, tokens], the tokens whose likelihood counts: the answer with the end of its turn; of
-            a plain text all tokens but the first.
+            a plain text all tokens but the first. All False where the answer is left out.
     """
 
     samples: tuple[Sample, ...]
@@ -35,7 +40,7 @@ class EncodedBatch:
 
 
 class SampleEncoder:
-    """Encodes samples with one processor."""
+    """Encodes samples with one processor. What a processor takes is read off its parts, not off its name."""
 
     def __init__(self, processor: Any, *, max_tokens: int = 2048) -> None:
         """Take a processor.
@@ -45,12 +50,20 @@ class SampleEncoder:
             max_tokens: plain texts are cut to this length, longer conversations are refused.
 
         Raises:
-            DataError: the processor has no tokenizer.
+            DataError: the processor has no tokenizer, or that no padding token; or `max_tokens` is below 2.
         """
+        name = type(processor).__name__
+        if max_tokens < 2:
+            raise DataError(f"max_tokens must be at least 2, got {max_tokens}")
         self.processor, self.max_tokens = processor, max_tokens
         self.tokenizer: Any = getattr(processor, "tokenizer", None)
         if self.tokenizer is None:
-            raise DataError(f"{type(processor).__name__} has no tokenizer; a multimodal processor is needed")
+            raise DataError(f"{name} has no tokenizer; a multimodal processor is needed")
+        if self.tokenizer.pad_token is None:
+            raise DataError(
+                f"the tokenizer of {name} has no padding token; set one, such as processor.tokenizer.pad_token = "
+                "processor.tokenizer.eos_token"
+            )
         parameters = inspect.signature(type(processor).__call__).parameters
         self.audio_keyword = "audio" if "audio" in parameters or "audios" not in parameters else "audios"
         extractor = getattr(processor, "feature_extractor", None)
@@ -61,17 +74,27 @@ class SampleEncoder:
             "video": getattr(processor, "video_processor", None) is not None,
             "audio": self.sampling_rate is not None,
         }
+        self.placeholders: dict[str, str] = {
+            kind: token for kind in KINDS if isinstance(token := getattr(processor, f"{kind}_token", None), str)
+        }
+        # Models that compute positions from it get it by default in most versions; without it they go wrong in silence
+        self.needs_token_types = "mm_token_type_ids" in getattr(processor, "model_input_names", ())
+        first = self.tokenizer("a")["input_ids"][0]
+        self.adds_bos = self.tokenizer.bos_token is not None and first == self.tokenizer.bos_token_id
 
     def batches(
         self, samples: Sequence[Sample], batch_size: int, *, with_answer: bool = True
     ) -> Iterator[EncodedBatch]:
-        """All samples in batches of like kind and length; the order depends on the samples alone."""
+        """All samples in ceil(samples / batch_size) batches of like kind and length.
 
-        def order(sample: Sample) -> tuple[bool, tuple[str, ...], int, str]:
-            length = len(sample.text or sample.prompt + (sample.answer or ""))
-            return sample.text is not None, sample.media, length, sample.id
+        The order depends on the samples alone, not on how they are ordered. Media are decoded batch by batch.
 
-        ordered = sorted(samples, key=order)
+        Raises:
+            DataError: as `encode`, or `batch_size` is below 1.
+        """
+        if batch_size < 1:
+            raise DataError(f"the batch size must be at least 1, got {batch_size}")
+        ordered = sorted(samples, key=lambda s: (s.text is not None, s.media, estimated_tokens(s), s.id))
         for start in range(0, len(ordered), batch_size):
             yield self.encode(ordered[start : start + batch_size], with_answer=with_answer)
 
@@ -80,67 +103,137 @@ class SampleEncoder:
 
         Args:
             samples: at least one.
-            with_answer: the whole conversation; otherwise up to where the model should answer.
+            with_answer: the whole conversation; otherwise up to where the model should answer. A plain text is itself
+                in both cases.
 
         Raises:
-            DataError: a medium that the model cannot take, broken media, no chat template, or too many tokens.
+            DataError: a medium that the model cannot take, broken media, no chat template, no answer, nothing to
+                predict, or too many tokens.
         """
-        texts, counts = [], []
+        if not samples:
+            raise DataError("no samples: a batch needs at least one")
         for sample in samples:
-            text, count = self._text(sample, with_answer)
-            texts.append(text)
-            counts.append(count)
-        with self._left_padding():
-            inputs = dict(self.processor(text=texts, padding=True, return_tensors="pt", **self._media(samples)))
+            self._check(sample)
+        texts = [self._text(sample, with_answer) for sample in samples]
+        inputs = self._process(samples, [text for text, _ in texts])
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-        for sample, length in zip(samples, mask.sum(1).tolist(), strict=True):
-            if length > self.max_tokens and sample.text is None:
-                raise DataError(
-                    f"sample {sample.id} has {length} tokens, more than {self.max_tokens}; shorten it or its media"
-                )
+        self._check_tokens(samples, ids, mask)
         answers = torch.zeros_like(mask)
-        for i, count in enumerate(counts):
-            answers[i, ids.shape[1] - count :] = count > 0
-        return EncodedBatch(tuple(samples), inputs, answers & mask)
+        if with_answer:
+            for row, (sample, (_, start)) in enumerate(zip(samples, texts, strict=True)):
+                count = self._answer_tokens(sample, texts[row][0], start, ids[row][mask[row]])
+                answers[row, ids.shape[1] - count :] = True
+        return EncodedBatch(tuple(samples), inputs, answers)
+
+    def _check(self, sample: Sample) -> None:
+        name = type(self.processor).__name__
+        for kind in sample.media:
+            if not self.accepts[kind]:
+                takes = ", ".join(k for k in KINDS if self.accepts[k]) or "text only"
+                raise DataError(f"sample {sample.id} has {kind}, which {name} cannot take (it takes {takes})")
+        for field in ("prompt", "answer", "text"):
+            for token in self.placeholders.values():
+                if token in (getattr(sample, field) or ""):
+                    raise DataError(
+                        f"sample {sample.id}: its {field} holds {token}, which stands for media; remove it, media are "
+                        "put before the prompt"
+                    )
 
     def _text(self, sample: Sample, with_answer: bool) -> tuple[str, int]:
-        """The text that goes to the processor, and how many of its last tokens count."""
+        """The text that goes to the processor, and where in it the answer starts."""
         if sample.text is not None:
-            encoded = self.tokenizer(sample.text, return_offsets_mapping=True)
-            offsets = encoded["offset_mapping"]
-            if len(offsets) > self.max_tokens:
-                return sample.text[: offsets[self.max_tokens - 1][1]], self.max_tokens - 1
-            return sample.text, len(offsets) - 1
-        content = [{"type": kind} for kind in sample.media] + [{"type": "text", "text": sample.prompt}]
-        messages = [{"role": "user", "content": content}]
+            return self._cut(sample), 0
         if not with_answer:
-            return self._render(messages, True), 0
-        assert sample.answer is not None
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": sample.answer}]})
-        full = self._render(messages, False).rstrip()
-        start = full.rfind(sample.answer.strip())
-        if start < 0:
-            raise DataError(f"sample {sample.id}: the chat template changed its answer {sample.answer!r}")
-        offsets = self.tokenizer(full, return_offsets_mapping=True)["offset_mapping"]
-        return full, sum(end > start for _, end in offsets)
+            text = self._render(sample, None)
+            return text, len(text)
+        answer = (sample.answer or "").strip()
+        if not answer:
+            raise DataError(f"sample {sample.id} has no answer, so its likelihood cannot be measured; give one")
+        text = self._render(sample, answer).rstrip()  # after the end of the turn
+        start = self._render(sample, _MARKER).rfind(_MARKER)
+        if start < 0 or not text.startswith(answer, start):
+            raise DataError(f"sample {sample.id}: the chat template does not show its answer {answer!r} as it is")
+        return text, start
 
-    def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
-        try:
-            return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-        except ValueError as error:
+    def _render(self, sample: Sample, answer: str | None) -> str:
+        """The conversation in the model's own format: media, prompt, answer. Without `answer` it invites one."""
+        if getattr(self.processor, "chat_template", None) is None:
             raise DataError(
-                f"{type(self.processor).__name__} has no chat template ({error}); put chat_template.jinja into the "
-                "model's folder"
+                f"{type(self.processor).__name__} has no chat template, so conversations cannot be written in the "
+                "model's format; put the model's chat_template.jinja into its folder"
+            )
+        content: list[dict[str, str]] = [{"type": kind} for kind in sample.media]
+        if sample.prompt:
+            content.append({"type": "text", "text": sample.prompt})
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        try:
+            text = str(
+                self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+            )
+        except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+            raise DataError(f"sample {sample.id}: the model's chat template refuses it: {error}") from error
+        return text.removeprefix(self.tokenizer.bos_token) if self.adds_bos else text  # the tokenizer adds it again
+
+    def _cut(self, sample: Sample) -> str:
+        """The start of a plain text that has at most `max_tokens` tokens."""
+        text = str(sample.text)
+        offsets = self.tokenizer.is_fast
+        encoded = self.tokenizer(text, return_offsets_mapping=offsets, verbose=False)
+        if len(encoded["input_ids"]) <= self.max_tokens:
+            return text
+        if not offsets:
+            raise DataError(
+                f"sample {sample.id} has more than {self.max_tokens} tokens, and its tokenizer cannot tell where to "
+                "cut; shorten the text"
+            )
+        end = encoded["offset_mapping"][self.max_tokens - 1][1]
+        while len(self.tokenizer(text[:end])["input_ids"]) > self.max_tokens:  # a character may take several tokens
+            end -= 1
+        return text[:end]
+
+    def _answer_tokens(self, sample: Sample, text: str, start: int, ids: Tensor) -> int:
+        """How many of the last of `ids`, int [tokens] without padding, are measured."""
+        if sample.text is not None:
+            count = len(ids) - 1
+        else:
+            full = self.tokenizer(text, verbose=False)["input_ids"]
+            before = self.tokenizer(text[:start], verbose=False)["input_ids"]
+            common = next((i for i, (a, b) in enumerate(zip(full, before, strict=False)) if a != b), len(before))
+            count = len(full) - common
+            if ids[len(ids) - count :].tolist() != full[common:]:
+                raise DataError(
+                    f"sample {sample.id}: {type(self.processor).__name__} writes the answer in other tokens than its "
+                    "tokenizer, so they cannot be found; is its padding on the left?"
+                )
+        if count < 1:
+            raise DataError(f"sample {sample.id} has no token to predict; a text needs at least 2 tokens")
+        return count
+
+    def _process(self, samples: Sequence[Sample], texts: list[str]) -> dict[str, Tensor]:
+        """Call the processor. An error that it raises names the sample that it is about."""
+        arguments = self._media(samples)
+        if self.needs_token_types:
+            arguments["return_mm_token_type_ids"] = True
+        try:
+            with self._left_padding(), _seeded():
+                outputs = dict(self.processor(text=texts, padding=True, return_tensors="pt", **arguments))
+        except ValueError as error:
+            for sample, text in zip(samples, texts, strict=True):
+                if len(samples) > 1:
+                    self._process([sample], [text])
+            ids = ", ".join(s.id for s in samples)
+            raise DataError(
+                f"sample {ids}: {type(self.processor).__name__} refuses it: {error}; change it, or leave it out"
             ) from error
+        for name, value in outputs.items():
+            if not isinstance(value, Tensor):
+                raise DataError(f"{type(self.processor).__name__} gives {name} as {type(value).__name__}, no tensor")
+        return outputs
 
     def _media(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The processor's media arguments. Images are nested per sample: flat lists change how some are tiled."""
-        for sample in samples:
-            for kind in sample.media:
-                if not self.accepts[kind]:
-                    raise DataError(
-                        f"sample {sample.id} has {kind}, which {type(self.processor).__name__} cannot take"
-                    )
         arguments: dict[str, Any] = {}
         if any(s.image is not None for s in samples):
             arguments["images"] = [[] if s.image is None else [load_image(s.image, f"sample {s.id}")] for s in samples]
@@ -153,15 +246,35 @@ class SampleEncoder:
             arguments["audio_kwargs"] = {"sampling_rate": self.sampling_rate}
         return arguments
 
-    def _audio(self, sample: Sample) -> Any:
+    def _audio(self, sample: Sample) -> np.ndarray:
+        """Mono float32 [frames] at the processor's rate; no longer than what it hears, beyond which it cuts."""
         assert self.sampling_rate is not None
-        wave = load_audio(sample.audio, self.sampling_rate, f"sample {sample.id}")
-        seconds = len(wave) / self.sampling_rate
+        seconds = check_audio(sample.audio, f"sample {sample.id}")
         if self.max_seconds is not None and seconds > self.max_seconds:
             raise DataError(
-                f"sample {sample.id} has {seconds:.1f} s of audio; this model hears at most {self.max_seconds} s"
+                f"sample {sample.id} has {seconds:.1f} s of audio; this model hears at most {self.max_seconds:g} s, "
+                "cut it"
             )
-        return wave
+        return load_audio(sample.audio, self.sampling_rate, f"sample {sample.id}")
+
+    def _check_tokens(self, samples: Sequence[Sample], ids: Tensor, mask: Tensor) -> None:
+        """Lengths are in bounds, padding is on the left, and all media got tokens."""
+        name = type(self.processor).__name__
+        if not bool(mask[:, -1].all()):
+            raise DataError(f"{name} pads on the right although the left was asked for; it cannot be used")
+        for row, sample in enumerate(samples):
+            length = int(mask[row].sum())
+            if length > self.max_tokens:
+                raise DataError(
+                    f"sample {sample.id} has {length} tokens, more than {self.max_tokens}; shorten it or its media"
+                )
+            for kind in sample.media:
+                token = self.tokenizer.convert_tokens_to_ids(self.placeholders.get(kind, self.tokenizer.pad_token))
+                if kind in self.placeholders and not bool((ids[row] == token).any()):
+                    raise DataError(
+                        f"sample {sample.id}: {name} or its chat template drops the {kind}; leave it out, or use a "
+                        "chat template that shows it"
+                    )
 
     @contextmanager
     def _left_padding(self) -> Iterator[None]:
@@ -170,3 +283,34 @@ class SampleEncoder:
             yield
         finally:
             self.tokenizer.padding_side = side
+
+
+def estimated_tokens(sample: Sample) -> int:
+    """About how many tokens a sample has, from its characters and the headers of its media; to sort by.
+
+    Raises:
+        DataError: missing or unreadable media.
+    """
+    where = f"sample {sample.id}"
+    tokens = len(sample.text or sample.prompt + (sample.answer or "")) // 4
+    if sample.image is not None:
+        width, height = check_image(sample.image, where)
+        tokens += min(width * height // 28**2, 1024)
+    if sample.video is not None:
+        tokens += check_video(sample.video, where) * 64
+    if sample.audio is not None:
+        tokens += int(check_audio(sample.audio, where) * 25)
+    return tokens
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Fixed random numbers for feature extractors that dither; the caller's generators on CPU stay as they were."""
+    of_torch, of_numpy = torch.get_rng_state(), np.random.get_state()
+    torch.default_generator.manual_seed(0)
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(of_torch)
+        np.random.set_state(of_numpy)

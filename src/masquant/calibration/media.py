@@ -33,7 +33,7 @@ _IMAGE_LIMITS = f"at most {MAX_EDGE:,} pixels on an edge and {MAX_PIXELS // 10**
 
 
 @contextmanager
-def _reading(what: str) -> Iterator[None]:
+def _reading(what: str, fault: str) -> Iterator[None]:
     """Turn what a decoder raises into a DataError. Broken files make decoders raise nearly any exception."""
     try:
         with warnings.catch_warnings():
@@ -43,22 +43,32 @@ def _reading(what: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{what} does not exist") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{what} is too large: {error}; {_IMAGE_LIMITS}") from error
     except Exception as error:
-        raise DataError(f"{what} is broken, or of a kind that cannot be read: {error}") from error
+        raise DataError(f"{what} {fault}: {error}; replace it, or leave the sample out") from error
 
 
 def _check_size(size: tuple[int, int], what: str) -> None:
     width, height = size
     if min(size) < MIN_EDGE:
-        raise DataError(f"{what} is {width} x {height} pixels: too small, at least {MIN_EDGE} x {MIN_EDGE}")
+        raise DataError(f"{what} of {width} x {height} pixels is too small, at least {MIN_EDGE} x {MIN_EDGE}")
     if max(size) > MAX_EDGE or width * height > MAX_PIXELS:
-        raise DataError(f"{what} is {width:,} x {height:,} pixels: too large, {_IMAGE_LIMITS}")
+        raise DataError(f"{what} of {width} x {height} pixels is too large, {_IMAGE_LIMITS}")
 
 
 def _image_name(source: Any, where: str) -> str:
     return f"{where}: the picture" if isinstance(source, Image.Image) else f"{where}: image file {source}"
+
+
+def _header(source: Path) -> Image.Image:
+    """An image file, not decoded yet."""
+    try:
+        return Image.open(source, formats=FORMATS)
+    except Image.DecompressionBombError:  # far beyond the bounds here: read its size again, to say it
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(source, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def open_image(source: Path | Image.Image, where: str) -> Image.Image:
@@ -77,8 +87,8 @@ def open_image(source: Path | Image.Image, where: str) -> Image.Image:
         return source
     if not isinstance(source, Path):
         raise DataError(f"{where}: an image must be a path or a PIL picture, got {type(source).__name__}")
-    with _reading(what):
-        image = Image.open(source, formats=FORMATS)
+    with _reading(what, f"is no readable image ({', '.join(FORMATS)})"):
+        image = _header(source)
     try:
         _check_size(image.size, what)
     except DataError:
@@ -119,7 +129,7 @@ def load_image(source: Path | Image.Image, where: str) -> Image.Image:
     """
     image, what = open_image(source, where), _image_name(source, where)
     try:
-        with _reading(what):
+        with _reading(what, "is a broken image"):
             return _rgb(image, what)
     finally:
         if image is not source:
@@ -138,7 +148,7 @@ def check_video(source: Path | Sequence[Any], where: str) -> int:
                 f"{where}: {source}: a video is a list of pictures, or one animated GIF or WebP; other files are not "
                 "read, extract their frames first"
             )
-        with open_image(source, where) as image, _reading(_image_name(source, where)):
+        with open_image(source, where) as image, _reading(_image_name(source, where), "is a broken image"):
             count = int(getattr(image, "n_frames", 1))
             pixels = count * image.width * image.height
     elif isinstance(source, Sequence) and not isinstance(source, str | bytes):
@@ -167,7 +177,7 @@ def load_video(source: Path | Sequence[Any], where: str) -> list[Image.Image]:
     check_video(source, where)
     if isinstance(source, Path):
         what = _image_name(source, where)
-        with open_image(source, where) as image, _reading(what):
+        with open_image(source, where) as image, _reading(what, "is a broken image"):
             frames = [_rgb(frame, what) for frame in ImageSequence.Iterator(image)]
     else:
         frames = [load_image(frame, where) for frame in source]
@@ -186,7 +196,7 @@ def _sound_in_memory(source: Mapping[str, Any], where: str) -> tuple[np.ndarray,
     rate = source["sampling_rate"]
     if isinstance(rate, bool) or not isinstance(rate, Integral):
         raise DataError(f"{where}: the audio's sampling_rate must be an integer, got {rate!r}")
-    with _reading(f"{where}: the audio's array"):
+    with _reading(f"{where}: the audio's array", "is none of numbers"):
         array = np.asarray(source["array"])
     if array.ndim not in (1, 2) or array.dtype.kind not in "fi":
         raise DataError(
@@ -203,8 +213,8 @@ def _check_bounds(frames: int, rate: int, what: str, max_seconds: float) -> floa
         raise DataError(f"{what} has a sampling rate of {rate} Hz; {MIN_RATE:,} to {MAX_RATE:,} Hz are supported")
     seconds = frames / rate
     if not MIN_SECONDS <= seconds <= max_seconds:
-        rule = f"{MIN_SECONDS} s to {max_seconds:g} s are supported"
-        raise DataError(f"{what} lasts {seconds:.2f} s; {rule}, {'cut' if frames else 'replace'} it")
+        remedy = "cut it" if seconds > max_seconds else "leave the sample out"
+        raise DataError(f"{what} lasts {seconds:.2f} s; {MIN_SECONDS} to {max_seconds:g} s are supported, {remedy}")
     return seconds
 
 
@@ -225,16 +235,23 @@ def check_audio(source: Path | Mapping[str, Any], where: str, *, max_seconds: fl
     if not isinstance(source, Path):
         raise DataError(f"{where}: audio must be a path or a mapping, got {type(source).__name__}")
     what = f"{where}: audio file {source}"
-    with _reading(what):
+    with _reading(what, "is no readable sound file"):
         if not source.exists():
             raise FileNotFoundError(source)
         info = soundfile.info(str(source))
     return _check_bounds(info.frames, info.samplerate, what, max_seconds)
 
 
-def _read_sound(source: Path, what: str) -> tuple[np.ndarray, int]:
+def _mono_in_memory(source: Mapping[str, Any], where: str) -> tuple[np.ndarray, int]:
+    """Mono float64 [frames] of an array, and its rate."""
+    array, rate = _sound_in_memory(source, where)
+    scale = 1.0 if array.dtype.kind == "f" else 1.0 / (np.iinfo(array.dtype).max + 1)
+    return array.reshape(len(array), -1).mean(axis=1, dtype=np.float64) * scale, rate
+
+
+def _mono_file(source: Path, what: str) -> tuple[np.ndarray, int]:
     """Mono float32 [frames] of a file, read in pieces, and its rate."""
-    with _reading(what), soundfile.SoundFile(str(source)) as file:
+    with _reading(what, "is a broken sound file"), soundfile.SoundFile(str(source)) as file:
         pieces = file.blocks(blocksize=1 << 20, dtype="float32", always_2d=True)
         wave = np.concatenate([piece.mean(axis=1) for piece in pieces])
         if len(wave) != file.frames:
@@ -258,14 +275,9 @@ def load_audio(
         DataError: as `check_audio`, or broken, or not finite.
     """
     check_audio(source, where, max_seconds=max_seconds)
-    if isinstance(source, Mapping):
-        what = f"{where}: the audio"
-        array, rate = _sound_in_memory(source, where)
-        scale = 1.0 if array.dtype.kind == "f" else 1.0 / (np.iinfo(array.dtype).max + 1)
-        wave = array.reshape(len(array), -1).mean(axis=1, dtype=np.float64) * scale
-    else:
-        what = f"{where}: audio file {source}"
-        wave, rate = _read_sound(source, what)
+    what = f"{where}: the audio" if isinstance(source, Mapping) else f"{where}: audio file {source}"
+    with np.errstate(invalid="ignore", over="ignore"):  # checked below
+        wave, rate = _mono_in_memory(source, where) if isinstance(source, Mapping) else _mono_file(source, what)
     if not (np.abs(wave) <= np.finfo(np.float32).max).all():
         raise DataError(f"{what} holds values that are not finite")
     return resample(torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32)), rate, sampling_rate).numpy()

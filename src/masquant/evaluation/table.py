@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from rich import box
 from rich.table import Table
 
 from .results import Evaluation
@@ -22,12 +23,11 @@ def human_bytes(size: float) -> str:
     return f"{size:.2f} GiB"
 
 
-def _loss(metrics: Mapping[str, float]) -> str:
-    """Change against the float model with its standard error, or the likelihood itself."""
-    if "delta_nll" in metrics:
-        error = metrics["delta_nll_stderr"]
-        return f"{metrics['delta_nll']:+.3f}" + ("" if math.isnan(error) else f" ±{error:.3f}")
-    return f"{metrics['nll']:.3f}"
+def _loss(metrics: Mapping[str, float]) -> list[str]:
+    """Change against the float model, or the likelihood itself, and its standard error."""
+    name, sign = ("delta_nll", "+") if "delta_nll" in metrics else ("nll", "")
+    error = metrics[f"{name}_stderr"]
+    return [f"{metrics[name]:{sign}.3f}", "" if math.isnan(error) else f"±{error:.3f}"]
 
 
 def _quality(metrics: Mapping[str, float]) -> str:
@@ -50,11 +50,11 @@ def _rows(results: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]
     tasks = list(dict.fromkeys(task for result in results.values() for task in result.tasks))
     has_cost = any(result.seconds is not None for result in results.values())
     names = {task: _quality_name(results, task) for task in tasks}
-    header = ["method", *(f"{task}\n{names[task]}" if names[task] else task for task in tasks), "decoder"]
+    header = ["method", *(f"{task}\n{names[task]}".rstrip() for task in tasks), "decoder"]
     rows = []
     for name, result in results.items():
         found = result.tasks
-        cells = [f"{_loss(found[t])}\n{_quality(found[t])}".rstrip() if t in found else "" for t in tasks]
+        cells = ["\n".join([*_loss(found[t]), _quality(found[t])]).rstrip() if t in found else "" for t in tasks]
         sizes = result.description.bytes
         packed = sizes.get("base", 0) + sizes.get("compensation", 0)
         row = [name, *cells, human_bytes(packed) if packed else ""]
@@ -67,9 +67,14 @@ def _rows(results: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]
 def evaluation_table(results: Mapping[str, Evaluation], title: str | None = None) -> Table:
     """One row per model, one column per task: nll per answer token (float) or its change, and the task's metric."""
     header, rows = _rows(results)
-    table = Table(title=title, caption="nll per answer token; with a baseline its change ± paired standard error")
+    table = Table(
+        title=title,
+        caption="nll per answer token, quantized: its change ± paired standard error; below the task's own metric",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for i, column in enumerate(header):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(column.replace("-", "-\n"), justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row, end_section=True)
     return table
@@ -79,12 +84,17 @@ def markdown_table(results: Mapping[str, Evaluation]) -> str:
     """The same as GitHub Markdown."""
     header, rows = _rows(results)
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("\n", ", ") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| "
+        + " | ".join(", ".join(part for part in cell.split("\n") if part).replace(", ±", " ±") for cell in line)
+        + " |"
+        for line in lines
+    )
 
 
 def examples_table(results: Mapping[str, Evaluation], ids: Sequence[str]) -> Table:
     """Decoded answers side by side: one row per model, one column per sample."""
-    table = Table(title="decoded answers", show_lines=True)
+    table = Table(title="decoded answers", show_lines=True, box=box.SIMPLE_HEAD)
     table.add_column("")
     first = next(iter(results.values()))
     samples = {s.id: s for s in first.samples}

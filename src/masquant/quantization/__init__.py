@@ -13,13 +13,15 @@ from .grids import (
     search_scale,
 )
 from .packing import PACKED_BITS, pack, packed_columns, unpack
-from .rounding import round_gptq
+from .rounding import GptqFactor, factorize, round_gptq
 
 __all__ = [
     "PACKED_BITS",
     "SCALE_DTYPE",
+    "GptqFactor",
     "absmax_scale",
     "dequantize_weight",
+    "factorize",
     "fake_quantize_tokens",
     "pack",
     "packed_columns",

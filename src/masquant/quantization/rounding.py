@@ -8,6 +8,8 @@ original columns, so the order needs no index on disk. Factorization in float64,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -48,30 +50,55 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             damping = min(1.0, max(damping, 1e-4) * 10)
 
 
-def round_gptq(weight: Tensor, scale: Tensor, hessian: Tensor, num_bits: int, damping: float = 0.01) -> Tensor:
-    """Integers, int8 [out, in], that keep tr((B - W) H (B - W)^T) small. Does not modify its inputs.
+@dataclass(frozen=True)
+class GptqFactor:
+    """A Hessian, prepared once for any number of weights and grids.
+
+    Attributes:
+        order: [in], inputs by descending diagonal.
+        upper: float32 [in, in], factor of the inverse in that order.
+    """
+
+    order: Tensor
+    upper: Tensor
+
+
+def factorize(hessian: Tensor, damping: float = 0.01) -> GptqFactor:
+    """Prepare a Hessian [in, in], the inputs' second moment, with `damping` times its mean diagonal added."""
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    return GptqFactor(order, inverse_factor(hessian[order][:, order], damping).float())
+
+
+def round_gptq(
+    weight: Tensor, scale: Tensor, factor: GptqFactor, num_bits: int, smooth: Tensor | None = None
+) -> Tensor:
+    """Integers q, int8 [out, in], that keep tr((B - W) H (B - W)^T) small, B = q * scale / smooth.
+
+    Does not modify its inputs.
 
     Args:
-        weight: [out, in].
+        weight: W, [out, in].
         scale: [out, groups], final.
-        hessian: [in, in], the inputs' second moment.
+        factor: of the Hessian of W's own inputs.
         num_bits: of the grid.
-        damping: share of the mean diagonal added to H.
+        smooth: [in], divisor of the inputs that the integers will meet; default ones.
     """
     limit = float(qmax(num_bits))
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = inverse_factor(hessian[order][:, order], damping).float()
+    order, upper = factor.order, factor.upper
     w = weight.float().t()[order].contiguous()  # [in, out]: a column of the weight is contiguous
-    column_scale = scale.float().t().repeat_interleave(weight.shape[1] // scale.shape[1], 0)[order]
+    step = scale.float().t().repeat_interleave(weight.shape[1] // scale.shape[1], 0)
+    if smooth is not None:
+        step = step / smooth[:, None]
+    step = step[order]
     q = torch.empty_like(w)
     for start in range(0, len(w), _BLOCK):
         end = min(start + _BLOCK, len(w))
         errors = torch.empty_like(w[start:end])
         for i in range(start, end):
-            q[i] = (w[i] / column_scale[i]).round_().clamp_(-limit, limit)
-            errors[i - start] = (w[i] - q[i] * column_scale[i]) / factor[i, i]
-            w[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - start], alpha=-1)
-        w[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+            q[i] = (w[i] / step[i]).round_().clamp_(-limit, limit)
+            errors[i - start] = (w[i] - q[i] * step[i]) / upper[i, i]
+            w[i + 1 : end].addr_(upper[i, i + 1 : end], errors[i - start], alpha=-1)
+        w[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
     restored = torch.empty_like(q)
     restored[order] = q
     return restored.t().to(torch.int8).contiguous()
