@@ -143,6 +143,8 @@ def build_model(weights: Mapping[str, Tensor]) -> Qwen2_5OmniThinkerForCondition
     )
     if problems := {problem: sorted(names)[:3] for problem, names in report.items() if names}:
         raise ValueError(f"weights and architecture of omni-135m do not fit: {problems}")
+    for part in (model.config.text_config, model.config.audio_config, model.config.vision_config):
+        part.dtype = None  # that of the whole model
     model.generation_config = GenerationConfig(
         bos_token_id=1, eos_token_id=2, pad_token_id=TOKEN_IDS["pad_token"], max_new_tokens=48, do_sample=False
     )

@@ -141,18 +141,22 @@ def quantize(
     check_output(output, overwrite=overwrite, resume=resume)
     samples = load_samples(calibration, limit=limit)
     progress = _progress(quiet)
-    loaded = api.load_any(model, dtype=dtype)
-    report = pipeline.quantize(
-        loaded,
-        processor := load_processor(model),
-        samples,
-        recipe=chosen,
-        batch_size=batch_size,
-        device=_device(device),
-        progress=progress,
-        work_folder=partial_folder(output),
-        resume=resume,
-    )
+    loaded, processor = api.load_any(model, dtype=dtype), load_processor(model)
+    try:
+        report = pipeline.quantize(
+            loaded,
+            processor,
+            samples,
+            recipe=chosen,
+            batch_size=batch_size,
+            device=_device(device),
+            progress=progress,
+            work_folder=partial_folder(output),
+            resume=resume,
+        )
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command with --resume goes on from the last finished block", err=True)
+        raise typer.Exit(1) from None
     api.save(loaded, processor, output, report, source=Path(model) if Path(model).is_dir() else None)
     _remove(partial_folder(output))
     if as_json:
@@ -421,9 +425,6 @@ def main() -> None:
         app(standalone_mode=True)
     except MasquantError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; `masquant quantize ... --resume` goes on from the last finished block", file=sys.stderr)
         sys.exit(1)
 
 

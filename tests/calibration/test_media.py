@@ -121,13 +121,15 @@ def test_a_damaged_file_is_read_or_refused(suffix: str, data: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"a.{suffix}"
         path.write_bytes(content)
+        refused = None
         try:
             if suffix in ("wav", "flac", "ogg"):
                 assert np.isfinite(load_audio(path, 8_000, "sample 1")).all()
             else:
                 assert load_image(path, "sample 1").mode == "RGB"
         except DataError as error:
-            assert str(error).startswith("sample 1: ")
+            refused = str(error)
+        assert refused is None or refused.startswith("sample 1: ")
 
 
 def test_video(tmp_path: Path) -> None:
@@ -233,12 +235,12 @@ def tone(frequency: float, rate: int, count: int) -> torch.Tensor:
 RATES = st.one_of(st.sampled_from([8_000, 11_025, 22_050, 44_100, 48_000]), st.integers(6_000, 50_000))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(RATES, st.sampled_from([8_000, 16_000, 24_000]), st.floats(0.01, 0.9))
 def test_resampling_keeps_a_tone(rate: int, new_rate: int, share: float) -> None:
     frequency = share * min(rate, new_rate) / 2  # of the band that both rates can hold
-    out = resample(tone(frequency, rate, rate // 4), rate, new_rate)
-    assert len(out) == math.ceil(rate // 4 * new_rate / rate)
+    out = resample(tone(frequency, rate, rate // 5), rate, new_rate)
+    assert len(out) == math.ceil(rate // 5 * new_rate / rate)
     inside = slice(len(out) // 4, -(len(out) // 4))  # far enough from the ends, where the signal starts suddenly
     assert float((out - tone(frequency, new_rate, len(out)))[inside].abs().max()) < 1e-3
 
@@ -247,7 +249,7 @@ def test_resampling_keeps_a_tone(rate: int, new_rate: int, share: float) -> None
 @given(st.one_of(st.sampled_from([22_050, 44_100, 48_000]), st.integers(17_000, 50_000)), st.floats(0, 1))
 def test_resampling_suppresses_aliases(rate: int, share: float) -> None:
     frequency = 8_000 + share * (rate / 2 - 8_000)  # from the new Nyquist frequency to the old one
-    out = resample(tone(frequency, rate, rate // 4), rate, 16_000)
+    out = resample(tone(frequency, rate, rate // 5), rate, 16_000)
     assert float(out[1_000:-1_000].abs().max()) < 1e-3  # -60 dB
 
 
@@ -272,6 +274,6 @@ def test_resampling_is_the_formula(rate: int, new_rate: int, count: int, seed: i
 
 def test_resampling_keeps_a_constant() -> None:
     rate = 44_101  # no common divisor: as many phases as there are output frames in a second
-    out = resample(torch.ones(rate // 4), rate, 16_000)
+    out = resample(torch.ones(rate // 5), rate, 16_000)
     assert float((out - 1)[1_000:-1_000].abs().max()) < 1e-5
     assert torch.equal(resample(out, 16_000, 16_000), out)

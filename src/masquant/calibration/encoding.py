@@ -260,10 +260,12 @@ class SampleEncoder:
     def _check_tokens(self, samples: Sequence[Sample], ids: Tensor, mask: Tensor) -> None:
         """Lengths are in bounds, padding is on the left, and all media got tokens."""
         name = type(self.processor).__name__
-        if not bool(mask[:, -1].all()):
-            raise DataError(f"{name} pads on the right although the left was asked for; it cannot be used")
         for row, sample in enumerate(samples):
             length = int(mask[row].sum())
+            if length == 0:
+                raise DataError(f"sample {sample.id} has no token to predict, it is empty; leave it out")
+            if not bool(mask[row, -1]):
+                raise DataError(f"{name} pads on the right although the left was asked for; it cannot be used")
             if length > self.max_tokens:
                 raise DataError(
                     f"sample {sample.id} has {length} tokens, more than {self.max_tokens}; shorten it or its media"
