@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_models import tiny_model, tiny_processor, tiny_samples
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -144,6 +147,31 @@ def test_resume_of_another_run_is_refused(samples: Any, tmp_path: Path) -> None:
     next(work.glob("block-*")).write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="is damaged"):
         run(samples, Recipe.preset("rtn", "W4A8", 32), work_folder=work, resume=True)
+
+
+def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    """Same words and bytes elsewhere: the same; changed bytes under the same name: another."""
+    digests = []
+    for folder, colour in (("a", 10), ("b", 10), ("a", 20)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (colour, 0, 0)).save(tmp_path / folder / "x.png")
+        row = {"id": "1", "task": "t", "prompt": "p", "answer": "a", "image": tmp_path / folder / "x.png"}
+        digests.append(pipeline.sample_digest(masquant.load_samples([row])[0]))
+    assert digests[0] == digests[1] != digests[2]
+    for kind, first, second in (
+        ("image", Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), (1, 0, 0))),
+        (
+            "audio",
+            {"array": np.zeros(3200), "sampling_rate": 16_000},
+            {"array": np.ones(3200), "sampling_rate": 16_000},
+        ),
+        ("video", [Image.new("RGB", (8, 8))], [Image.new("RGB", (8, 8))] * 2),
+    ):
+        of = [
+            pipeline.sample_digest(masquant.Sample("1", "t", "p", "a", **{kind: medium}))
+            for medium in (first, copy.deepcopy(first), second)
+        ]
+        assert of[0] == of[1] != of[2]
 
 
 def test_absent_modality_is_said(samples: Any) -> None:

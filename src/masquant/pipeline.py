@@ -25,6 +25,7 @@ from .block import apply_solutions, group_record, solve_block, stacked_weight
 from .calibration.block_inputs import BlockInputs, HiddenStates, capture_block_inputs
 from .calibration.dataset import Sample, load_samples
 from .calibration.encoding import SampleEncoder
+from .calibration.media import content_digest
 from .calibration.statistics import GroupStatistics, collect_statistics
 from .checkpoint.format import CheckpointFormat, Site, make_format
 from .checkpoint.store import BlockStore, digest, tensor_digest
@@ -163,10 +164,16 @@ def open_store(
     fingerprint = {
         "model": tensor_digest(dict(model.state_dict())),
         "recipe": digest(recipe.to_dict()),
-        "calibration": digest({s.id: repr(s) for s in samples}),
+        "calibration": digest({s.id: sample_digest(s) for s in samples}),
         "versions": f"masquant {__version__}, torch {torch.__version__}, transformers {transformers_version}",
     }
     return BlockStore(folder, fingerprint, resume=resume)
+
+
+def sample_digest(sample: Sample) -> str:
+    """SHA-256 over a sample's words and the content of its media, not where they lie."""
+    words = {name: getattr(sample, name) for name in ("id", "task", "prompt", "answer", "text")}
+    return digest({**words, **{kind: content_digest(getattr(sample, kind)) for kind in sample.media}})
 
 
 def held_back_ids(samples: Sequence[Sample], share: float) -> set[str]:
