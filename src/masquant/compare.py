@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +48,7 @@ def compare(
     scheme: str = "W4A8",
     group_size: int | Literal["channel"] | None = None,
     batch_size: int = 16,
-    generate: bool = True,
+    generate: bool | Collection[str] = True,
     progress: AbstractProgress | None = None,
     fast: bool = False,
     keep: Callable[[str, PreTrainedModel, Any, QuantizationReport, Evaluation], None] | None = None,
@@ -63,7 +63,7 @@ def compare(
         data: samples to measure on.
         scheme, group_size: for every method.
         batch_size: of the evaluation.
-        generate: also decode answers (error rates, exact match), not only the answers' likelihood.
+        generate: also decode answers (error rates, exact match), all or those of these sample ids.
         progress: receives what happens.
         fast: try fewer candidates (see `Recipe.fast`).
         keep: called with every method's name, model, processor, report and evaluation, for example to save it.

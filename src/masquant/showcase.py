@@ -68,7 +68,18 @@ def run_demo(
         if method == "masquant":
             save(quantized, processor, output, report, source=model, evaluation=result.to_dict())
 
-    results = compare(model, METHODS, calibration, evaluation, scheme=scheme, progress=progress, keep=keep, fast=quick)
+    examples = [next(s.id for s in evaluation if s.task == task) for task in EXAMPLE_TASKS]
+    results = compare(
+        model,
+        METHODS,
+        calibration,
+        evaluation,
+        scheme=scheme,
+        generate=examples if quick else True,
+        progress=progress,
+        keep=keep,
+        fast=quick,
+    )
     if json_file:
         write_json(json_file, comparison_dict(results))
     console = Console()

@@ -104,6 +104,14 @@ def test_json_and_tables(setting: Any) -> None:
     )
 
 
+def test_a_few_answers_are_decoded_but_not_measured(setting: Any) -> None:
+    model, processor, samples = setting
+    chosen = [s.id for s in samples if s.text is None][:2]
+    result = evaluate(model, processor, samples, generate=chosen, max_new_tokens=3)
+    assert {s.id for s in result.samples if s.prediction is not None} == set(chosen)
+    assert not any("wer" in m or "exact_match" in m for m in result.tasks.values())
+
+
 def test_tasks_can_be_chosen(setting: Any) -> None:
     model, processor, samples = setting
     assert set(evaluate(model, processor, samples, tasks=["text"], generate=False).tasks) == {"text"}

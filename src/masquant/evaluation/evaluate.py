@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -95,9 +95,10 @@ def generate_answers(
     batch_size: int,
     max_new_tokens: int,
     progress: AbstractProgress,
+    only: Collection[str] | None = None,
 ) -> dict[str, str]:
-    """Greedy answers by sample id, for all samples that are conversations."""
-    asked = [s for s in samples if s.text is None]
+    """Greedy answers by sample id, for all samples that are conversations (or those of them in `only`)."""
+    asked = [s for s in samples if s.text is None and (only is None or s.id in only)]
     answers: dict[str, str] = {}
     batches = encoder.batches(asked, batch_size, with_answer=False)
     for batch in progress.track(batches, "decoding answers", -(-len(asked) // batch_size), "batch"):
@@ -139,7 +140,7 @@ def _run(
     baseline: BaselineScores | None,
     folder: str | None,
     batch_size: int,
-    generate: bool,
+    generate: bool | Collection[str],
     max_new_tokens: int,
     progress: AbstractProgress,
 ) -> tuple[SampleScore, ...]:
@@ -162,7 +163,13 @@ def _run(
     answers = {}
     if generate:
         answers = generate_answers(
-            model, encoder, samples, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
+            model,
+            encoder,
+            samples,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+            only=None if isinstance(generate, bool) else generate,
         )
     return tuple(
         SampleScore(s.id, s.task, s.text is not None, prediction=answers.get(s.id), reference=s.answer, **found[s.id])
@@ -177,7 +184,7 @@ def score_baseline(
     *,
     tasks: Sequence[str] | None = None,
     batch_size: int = 16,
-    generate: bool = True,
+    generate: bool | Collection[str] = True,
     max_new_tokens: int = 48,
     progress: AbstractProgress | None = None,
 ) -> BaselineScores:
@@ -205,7 +212,7 @@ def evaluate(
     baseline: PreTrainedModel | BaselineScores | None = None,
     tasks: Sequence[str] | None = None,
     batch_size: int = 16,
-    generate: bool = True,
+    generate: bool | Collection[str] = True,
     max_new_tokens: int = 48,
     progress: AbstractProgress | None = None,
     description: ModelDescription | None = None,
@@ -219,7 +226,7 @@ def evaluate(
         baseline: the float model, or its scores on the same samples and batch size.
         tasks: only these.
         batch_size: samples that run together.
-        generate: also decode answers greedily, for error rates and exact match.
+        generate: also decode answers greedily, for error rates and exact match; or only those of these sample ids.
         max_new_tokens: longest decoded answer.
         progress: receives what happens.
         description: what to say of the model in the result.

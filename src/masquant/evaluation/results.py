@@ -92,7 +92,7 @@ def task_metrics(task: str, scores: Sequence[SampleScore]) -> dict[str, float]:
     if all(s.is_text for s in scores):
         metrics["perplexity"] = math.exp(min(nll, 700.0))
     decoded = [s for s in scores if s.prediction is not None and s.reference is not None]
-    if decoded:
+    if len(decoded) == len(scores):  # a few decoded examples are no measurement
         references = [s.reference or "" for s in decoded]
         predictions = [s.prediction or "" for s in decoded]
         if task in SPEECH_TASKS:
