@@ -67,14 +67,9 @@ class MasquantQuantizer(HfQuantizer):
     def __init__(self, quantization_config: MasquantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.format: CheckpointFormat = quantization_config.format
-        self.dtype = torch.bfloat16
-
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        self.dtype = dtype  # not handed on to _process_model_before_weight_loading
-        return dtype
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        blocks = build_quantized_shell(model, self.format, self.dtype)
+        blocks = build_quantized_shell(model, self.format, model.dtype)  # the shell already has the dtype asked for
         files = kwargs.get("checkpoint_files")
         if files:
             verify_tensors(read_headers(files), expected_tensors(blocks, self.format))
