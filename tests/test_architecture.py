@@ -11,13 +11,14 @@ PACKAGE = Path(masquant.__file__).parent
 # From the bottom up; a module may import its own layer and those below.
 LAYERS = (
     {"errors", "version", "progress"},
-    {"modality"},
+    {"strict", "modality"},
     {"recipe"},
     {"models", "quantization"},
     {"compensation", "smoothing", "plan", "calibration"},
     {"runtime"},
     {"checkpoint", "solver"},
     {"integrations", "block"},
+    {"run"},
     {"pipeline"},
     {"card"},
     {"api", "evaluation"},

@@ -14,9 +14,10 @@ from transformers import AutoProcessor, PreTrainedModel
 from .api import load_any, resident_bytes
 from .calibration.dataset import Sample
 from .evaluation import Evaluation, ModelDescription, evaluate, score_baseline
-from .pipeline import QuantizationReport, peak_memory, quantize
+from .pipeline import QuantizationReport, quantize
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
+from .run import peak_memory
 
 
 def describe(model: PreTrainedModel, name: str, scheme: str, num_parameters: int) -> ModelDescription:

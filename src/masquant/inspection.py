@@ -18,10 +18,11 @@ from .compare import load_processor
 from .integrations.transformers import quantized_linears, read_headers
 from .modality import ModalityState
 from .models import decoder_blocks, modality_tokens_of
-from .pipeline import Run, capture
+from .pipeline import capture
 from .plan import make_plan
 from .progress import AbstractProgress
 from .recipe import Recipe
+from .run import Run
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
 from .errors import RecipeError
 from .modality import Modality
+from .strict import from_plain, to_plain
 
 RECIPE_VERSION = 1
 SCHEMES = ("W8A8", "W4A8", "W4A6", "W4A16")
 GROUP_NAMES = ("qkv", "o", "gate_up", "down")
 AUTO_GROUP_SIZES = (128, 64, 32)
-
-T = TypeVar("T")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -307,12 +305,12 @@ class Recipe:
         method = rest.pop("preset", None)
         group_size = rest.pop("group_size", None)
         if method is not None:
-            base = _plain(cls.preset(str(method)))
+            base = to_plain(cls.preset(str(method)))
         if isinstance(rest.get("scheme"), str):
-            rest["scheme"] = _plain(Scheme.parse(rest["scheme"], group_size))
+            rest["scheme"] = to_plain(Scheme.parse(rest["scheme"], group_size))
         elif group_size is not None:
             raise RecipeError("group_size at the top of a recipe needs a scheme by name, such as scheme: W4A8")
-        return _build(cls, _merge(base, rest), "recipe")
+        return from_plain(cls, _merge(base, rest), "recipe")
 
     @classmethod
     def from_yaml(cls, path: Path) -> Recipe:
@@ -329,7 +327,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict that `from_dict` reads back."""
-        return typing.cast(dict[str, Any], _plain(self))
+        return typing.cast(dict[str, Any], to_plain(self))
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML."""
@@ -358,19 +356,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses, enums and tuples as YAML's own types."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Modality):
-        return value.value
-    if isinstance(value, Mapping):
-        return {_plain(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value
-
-
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with nested `changes`; a changed way to give the patch's rank replaces the preset's."""
     merged = dict(base)
@@ -383,47 +368,3 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         else:
             merged[key] = value
     return merged
-
-
-def _build(kind: type[T], data: Any, where: str) -> T:
-    """Dataclass `kind` of a mapping, refusing unknown keys and wrong types."""
-    if not isinstance(data, Mapping):
-        raise RecipeError(f"{where} must be a mapping, got {data!r}")
-    hints = typing.get_type_hints(kind)
-    unknown = [str(key) for key in data if key not in hints]
-    if unknown:
-        raise RecipeError(f"{where} has unknown keys {', '.join(unknown)}; known: {', '.join(hints)}")
-    return kind(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise RecipeError(f"{where} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise RecipeError(f"{where} must be a list, got {value!r}")
-        return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise RecipeError(f"{where} must be a mapping, got {value!r}")
-        return {_convert(arguments[0], k, where): _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
-    if hint is Modality:
-        try:
-            return Modality(value)
-        except ValueError as error:
-            raise RecipeError(f"{where}: unknown modality {value!r}; known: text, vision, audio") from error
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise RecipeError(f"{where} must be {hint.__name__}, got {value!r}")
-    return value

@@ -20,8 +20,9 @@ from .checkpoint.store import check_output, write_json
 from .compare import compare
 from .demo import demo_directory, obtain_model
 from .evaluation import Evaluation, comparison_dict, evaluation_table, examples_table
-from .pipeline import QuantizationReport, peak_memory
+from .pipeline import QuantizationReport
 from .progress import AbstractProgress
+from .run import peak_memory
 
 METHODS = ("rtn", "smoothquant", "gptq", "masquant")
 EXAMPLE_TASKS = ("speech", "picture", "spoken-question")

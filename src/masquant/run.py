@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model being quantized, block by block: what `pipeline` does with each decoder block."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .block import apply_solutions, group_record, solve_block, stacked_weight
+from .calibration.block_inputs import BlockInputs, HiddenStates
+from .calibration.statistics import GroupStatistics, collect_statistics
+from .checkpoint.format import Site
+from .checkpoint.store import BlockStore
+from .errors import ModelError
+from .modality import Modality, ModalityState
+from .models import decoder_blocks, decoder_of, linear_of
+from .plan import GroupPlan, Plan, site_key
+from .progress import AbstractProgress
+from .recipe import Recipe
+from .runtime.build import replace_group
+from .smoothing.learned import TrialLinear, learn_vectors
+from .smoothing.scales import smooth_scale
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    scale = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+@dataclass
+class Run:
+    """One model being quantized, block by block."""
+
+    model: PreTrainedModel
+    recipe: Recipe
+    plan: Plan
+    state: ModalityState
+    inputs: BlockInputs
+    device: torch.device
+    notes: list[str]
+    progress: AbstractProgress
+    sites: dict[str, Site] = field(default_factory=dict)
+    float_hidden: HiddenStates | None = None
+
+    def __post_init__(self) -> None:
+        learned = self.recipe.smoothing.learned
+        if learned is not None and learned.target == "float_chain":
+            self.float_hidden = self.inputs.hidden.copy()
+
+    def block(self, index: int, store: BlockStore | None) -> dict[str, Any]:
+        """Quantize (or take from `store`) one block, and advance the hidden states through it."""
+        start = time.monotonic()
+        block = decoder_blocks(self.model)[index].to(self.device)
+        groups = self.plan.blocks[index]
+        finished = store.load(index) if store else None
+        if finished:
+            self.advance_float(block, index)
+            record = self.restore(block, index, groups, *finished)
+            self.advance(block, index)
+        else:
+            record = self.solve(block, index, groups)
+            record["seconds"] = time.monotonic() - start
+            record["peak_memory"] = peak_memory()
+            if store:
+                store.save(index, block.state_dict(), {**record, "sites": _site_dicts(self.sites, index)})
+        block.to(self.model.device)
+        return record
+
+    def solve(self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...]) -> dict[str, Any]:
+        """Quantize one block; its report."""
+        targets, statistics = self.observe(block, index, groups)
+        self.check(index, statistics)
+        self.advance_float(block, index)
+        learned, learning = self.learn(block, index, groups, statistics, targets)
+        config = decoder_of(self.model).config
+        solutions, folds = solve_block(block, groups, statistics, self.state, self.recipe, config, learned)
+        sites = apply_solutions(block, groups, solutions, folds, self.state, self.recipe, self.model.dtype)
+        self.sites.update({site_key(index, name): site for name, site in sites.items() if site != Site(False, {})})
+        return {
+            "block": index,
+            "groups": [group_record(g, solutions[g.name], self.recipe) for g in groups],
+            "error": self.advance(block, index, targets),
+            **learning,
+        }
+
+    def observe(
+        self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...]
+    ) -> tuple[list[Tensor], dict[str, GroupStatistics]]:
+        """The float block's outputs on the quantized chain, and statistics of its groups' inputs meanwhile."""
+        targets: list[Tensor] = []
+        inputs = self.inputs
+
+        def forward(i: int) -> None:
+            targets.append(inputs.run(block, index, i, inputs.hidden[i], self.device).cpu())
+
+        batches = [(b.ids, b.mask, b.held_back) for b in inputs.batches]
+        leaders = {g.name: g.linears[0].name for g in groups}
+        statistics = collect_statistics(
+            block, leaders, batches, forward, len(self.state.tokens.modalities), self.recipe.needs_moments
+        )
+        return targets, statistics
+
+    def advance_float(self, block: nn.Module, index: int) -> None:
+        """Run the float chain, if the recipe needs it, through the block while it is still in floating point."""
+        for i in range(len(self.inputs.batches) if self.float_hidden is not None else 0):
+            assert self.float_hidden is not None
+            self.float_hidden[i] = self.inputs.run(block, index, i, self.float_hidden[i], self.device)
+
+    def check(self, index: int, statistics: Mapping[str, GroupStatistics]) -> None:
+        """Refuse activations that are not finite."""
+        for name, found in statistics.items():
+            if not bool(found.merged().absmax.isfinite().all()):
+                raise ModelError(
+                    f"layers.{index}: the input of {name} holds NaN or infinity on the calibration samples; load the "
+                    "model in bfloat16 or float32, and check its weights"
+                )
+
+    def learn(
+        self,
+        block: nn.Module,
+        index: int,
+        groups: tuple[GroupPlan, ...],
+        statistics: Mapping[str, GroupStatistics],
+        targets: Sequence[Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Vectors learned on the block's output, and what to report of it; nothing if the recipe has none."""
+        args = self.recipe.smoothing.learned
+        if args is None:
+            return {}, {}
+        smoothed = [g for g in groups if g.name in self.recipe.smoothing.groups]
+        initial = {}
+        for group in smoothed:
+            merged = statistics[group.name].merged()
+            weight_absmax = stacked_weight(block, group).abs().amax(0)
+            vectors = smooth_scale(merged.absmax, weight_absmax, self.recipe.smoothing.strength)
+            absent = (merged.counts == 0)[:, None]
+            initial[group.name] = torch.where(absent, vectors[0], vectors)
+        bits = self.recipe.scheme.weights.num_bits, self.recipe.scheme.input_activations.num_bits
+
+        def trials(theta: Mapping[str, Tensor], ids: Any) -> dict[str, nn.Module]:
+            return {
+                p.name: TrialLinear(linear_of(block, p.name), theta.get(g.name), (bits[0], p.group_size, bits[1]), ids)
+                for g in groups
+                for p in g.linears
+            }
+
+        hidden, float_hidden = self.inputs.hidden, self.float_hidden
+        wanted = targets if float_hidden is None else [float_hidden[i] for i in range(len(float_hidden))]
+        result = learn_vectors(
+            block,
+            initial,
+            trials,
+            lambda i: self.inputs.run(block, index, i, hidden[i], self.device),
+            wanted,
+            [(b.ids.to(self.device), b.mask.to(self.device)) for b in self.inputs.batches],
+            [self.recipe.modality_weights[m] for m in self.state.tokens.modalities],
+            args,
+            self.recipe.seed + index,
+        )
+        if result.loss_after >= result.loss_before:
+            note = f"layers.{index}: learned smoothing did not lower the loss; the closed form is kept"
+            self.notes.append(note)
+            self.progress.note(note)
+        return dict(result.vectors), {
+            "learned": {"before": result.loss_before, "after": result.loss_after, "steps": result.steps}
+        }
+
+    def advance(self, block: nn.Module, index: int, targets: Sequence[Tensor] = ()) -> dict[str, float]:
+        """Run the quantized block and make its outputs the next inputs.
+
+        Returns:
+            Per modality, the relative squared error of the outputs, if `targets` are given.
+        """
+        modalities = self.state.tokens.modalities
+        error = torch.zeros(len(modalities), 2, dtype=torch.float64)
+        for i, batch in enumerate(self.inputs.batches):
+            self.state.set(batch.ids.to(self.device))
+            try:
+                output = self.inputs.run(block, index, i, self.inputs.hidden[i], self.device).cpu()
+            finally:
+                self.state.set(None)
+            self.inputs.hidden[i] = output
+            if targets:
+                difference = (output.double() - targets[i].double()).square().sum(-1)
+                energy = targets[i].double().square().sum(-1)
+                for m in range(len(modalities)):
+                    chosen = (batch.ids == m) & batch.mask
+                    error[m] += torch.stack((difference[chosen].sum(), energy[chosen].sum()))
+        return {m.value: float(e / n) for m, (e, n) in zip(modalities, error, strict=True) if n}
+
+    def restore(
+        self,
+        block: nn.Module,
+        index: int,
+        groups: tuple[GroupPlan, ...],
+        tensors: Mapping[str, Tensor],
+        record: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Put a finished block in place."""
+        sites = {
+            name: Site(entry["smooth_scale"], {Modality(m): r for m, r in entry["rank"].items()})
+            for name, entry in record.pop("sites").items()
+        }
+        for group in groups:
+            site = sites.get(group.name, Site())
+            if group.name in sites:
+                self.sites[site_key(index, group.name)] = site
+            replace_group(
+                block,
+                group,
+                num_bits={p.name: self.recipe.scheme.weights.num_bits for p in group.linears},
+                activation_bits=self.recipe.scheme.input_activations.num_bits,
+                has_smooth_scale=site.has_smooth_scale,
+                ranks=site.rank_of(),
+                state=self.state,
+                dtype=self.model.dtype,
+                device=self.device,
+            )
+        block.load_state_dict(dict(tensors))
+        return record
+
+
+def _site_dicts(sites: Mapping[str, Site], index: int) -> dict[str, Any]:
+    """Sites of one block as JSON, by group name."""
+    prefix = f"{index}."
+    return {
+        key.removeprefix(prefix): {
+            "smooth_scale": site.has_smooth_scale,
+            "rank": {m.value: r for m, r in site.rank_of().items()},
+        }
+        for key, site in sites.items()
+        if key.startswith(prefix)
+    }
