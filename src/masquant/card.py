@@ -27,8 +27,8 @@ base_model_relation: quantized
 # {{ title }} in {{ scheme }}
 
 Quantized with masquant {{ version }} (method `{{ report.method }}`). The decoder's linears are packed in {{ weight_bits }}
-bits{% if activation_bits < 16 %}, their inputs are rounded to {{ activation_bits }} bits per token{% endif %}; each token is
-smoothed by its own modality's vector.
+bits{% if activation_bits < 16 %}, their inputs are rounded to {{ activation_bits }} bits per token{% endif %}{% if report.bytes.smooth_scale %};
+where it paid, each token is smoothed by its modality's own vector{% endif %}.
 
 ```python
 import masquant  # before loading: registers the method with transformers

@@ -117,6 +117,8 @@ def test_generate_dynamic_static_batched_and_beams(case: Case) -> None:
     dynamic = loaded.generate(**case.prompts, **options)
     static = loaded.generate(**case.prompts, **options, cache_implementation="static")
     assert torch.equal(dynamic, static)
+    if "input_features" not in case.prompts:  # transformers refuses to split audio that it has not encoded yet
+        assert torch.equal(loaded.generate(**case.prompts, **options, prefill_chunk_size=40), dynamic)
     beams = loaded.generate(**case.prompts, **options, num_beams=2)
     assert beams.shape[0] == dynamic.shape[0]
     one = batch_for(case.processor, case.media[:1], with_answer=False)
