@@ -33,6 +33,11 @@ def stacked_weight(block: nn.Module, group: GroupPlan) -> Tensor:
     return torch.cat([linear_of(block, linear.name).weight.detach().float() for linear in group.linears])
 
 
+def stacked_fold(group: GroupPlan, folds: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """Factor [out] of the group's rows, in the order of `stacked_weight`; ones where nothing is folded in."""
+    return torch.cat([folds.get(p.name, torch.ones(p.out_features, device=device)) for p in group.linears])
+
+
 def _heads_of(group: LinearGroup, block: nn.Module, config: Any, features: int) -> tuple[int, int]:
     """Query heads and key-value heads behind an input of `features`."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -89,9 +94,7 @@ def solve_block(
     folds: dict[str, Tensor] = {}
     for group in reversed(groups):
         weight = stacked_weight(block, group)
-        row_fold = torch.cat(
-            [folds.get(p.name, torch.ones(p.out_features, device=weight.device)) for p in group.linears]
-        )
+        row_fold = stacked_fold(group, folds, weight.device)
         problem = GroupProblem(
             group.name,
             weight,
@@ -137,9 +140,7 @@ def apply_solutions(
     for group in groups:
         solution = solutions[group.name]
         linears = [linear_of(block, p.name) for p in group.linears]
-        fold = torch.cat(
-            [folds.get(p.name, torch.ones(p.out_features, device=solution.q.device)) for p in group.linears]
-        )
+        fold = stacked_fold(group, folds, solution.q.device)
         bias = torch.cat([
             torch.zeros(m.out_features, device=fold.device) if m.bias is None else m.bias.float() for m in linears
         ])  # fmt: skip

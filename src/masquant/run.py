@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from .block import apply_solutions, group_record, solve_block, stacked_weight
 from .calibration.block_inputs import BlockInputs, HiddenStates
 from .calibration.statistics import GroupStatistics, collect_statistics
-from .checkpoint.format import Site
+from .checkpoint.format import Site, parse_site
 from .checkpoint.store import BlockStore
 from .errors import ModelError
-from .modality import Modality, ModalityState
+from .modality import ModalityState
 from .models import decoder_blocks, decoder_of, linear_of
 from .plan import GroupPlan, Plan, site_key
 from .progress import AbstractProgress
@@ -118,7 +118,7 @@ class Run:
     def check(self, index: int, statistics: Mapping[str, GroupStatistics]) -> None:
         """Refuse activations that are not finite."""
         for name, found in statistics.items():
-            if not bool(found.merged().absmax.isfinite().all()):
+            if not all(bool(part.absmax.isfinite().all()) for part in (found.fitting, found.deciding)):
                 raise ModelError(
                     f"layers.{index}: the input of {name} holds NaN or infinity on the calibration samples; load the "
                     "model in bfloat16 or float32, and check its weights"
@@ -206,10 +206,8 @@ class Run:
         record: dict[str, Any],
     ) -> dict[str, Any]:
         """Put a finished block in place."""
-        sites = {
-            name: Site(entry["smooth_scale"], {Modality(m): r for m, r in entry["rank"].items()})
-            for name, entry in record.pop("sites").items()
-        }
+        modalities = self.state.tokens.modalities
+        sites = {name: parse_site(name, entry, modalities) for name, entry in record.pop("sites").items()}
         for group in groups:
             site = sites.get(group.name, Site())
             if group.name in sites:
@@ -232,11 +230,4 @@ class Run:
 def _site_dicts(sites: Mapping[str, Site], index: int) -> dict[str, Any]:
     """Sites of one block as JSON, by group name."""
     prefix = f"{index}."
-    return {
-        key.removeprefix(prefix): {
-            "smooth_scale": site.has_smooth_scale,
-            "rank": {m.value: r for m, r in site.rank_of().items()},
-        }
-        for key, site in sites.items()
-        if key.startswith(prefix)
-    }
+    return {key.removeprefix(prefix): site.to_dict() for key, site in sites.items() if key.startswith(prefix)}

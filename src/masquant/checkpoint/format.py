@@ -40,6 +40,10 @@ class Site:
         """Ranks as a dict."""
         return dict(self.ranks or {})
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; `parse_site` reads it back."""
+        return {"smooth_scale": self.has_smooth_scale, "rank": {m.value: r for m, r in self.rank_of().items()}}
+
 
 @dataclass(frozen=True)
 class CheckpointFormat:
@@ -107,10 +111,7 @@ class CheckpointFormat:
             "ignore": list(self.ignore),
             "modalities": [m.value for m in self.modalities],
             "modality_tokens": {m.value: list(fields) for m, fields in self.modality_tokens.items()},
-            "sites": {
-                key: {"smooth_scale": s.has_smooth_scale, "rank": {m.value: r for m, r in s.rank_of().items()}}
-                for key, s in self.sites.items()
-            },
+            "sites": {key: site.to_dict() for key, site in self.sites.items()},
         }
 
 
@@ -191,7 +192,12 @@ def _modality(name: Any) -> Modality:
         raise CheckpointError(f"quantization_config: unknown modality {name!r}") from error
 
 
-def _parse_site(key: str, entry: Any, modalities: tuple[Modality, ...]) -> Site:
+def parse_site(key: str, entry: Any, modalities: tuple[Modality, ...]) -> Site:
+    """Site of its JSON.
+
+    Raises:
+        CheckpointError: it is malformed, or has a patch for a modality that the model lacks.
+    """
     _need(isinstance(entry, Mapping) and set(entry) == {"smooth_scale", "rank"}, f"site {key} is malformed")
     _need(isinstance(entry["smooth_scale"], bool), f"site {key}: smooth_scale must be true or false")
     _need(isinstance(entry["rank"], Mapping), f"site {key}: rank must be a mapping")
@@ -240,7 +246,7 @@ def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
     tokens = {_modality(m): tuple(fields) for m, fields in config["modality_tokens"].items()}
     _need(set(tokens) == set(modalities[1:]), "modality_tokens must cover the modalities other than text")
     _need(isinstance(config["sites"], Mapping), "sites must be a mapping")
-    sites = {key: _parse_site(key, entry, modalities) for key, entry in config["sites"].items()}
+    sites = {key: parse_site(key, entry, modalities) for key, entry in config["sites"].items()}
     return CheckpointFormat(
         tuple(weights), activations.pop(), tuple(config["ignore"]), modalities, tokens, sites
     )  # fmt: skip
