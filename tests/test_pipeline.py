@@ -25,7 +25,7 @@ from masquant.calibration.statistics import GroupStatistics
 from masquant.errors import CheckpointError, DataError, ModelError, RecipeError
 from masquant.modality import Modality, modality_ids
 from masquant.models import decoder_blocks, linear_of, modality_tokens_of
-from masquant.recipe import CompensationArgs, LearnedArgs, Recipe, SmoothingArgs
+from masquant.recipe import PRESETS, CompensationArgs, LearnedArgs, Recipe, SmoothingArgs
 
 FAMILY = "qwen2_5_omni"
 OWN = {"selection": None, "compensation": CompensationArgs(rank=4)}
@@ -47,7 +47,7 @@ def same_tensors(a: PreTrainedModel, b: PreTrainedModel) -> bool:
     return set(left) == set(right) and all(torch.equal(left[n], right[n]) for n in left)
 
 
-@pytest.mark.parametrize("method", ["rtn", "smoothquant", "gptq", "masquant", "masquant-paper"])
+@pytest.mark.parametrize("method", sorted(PRESETS))
 @pytest.mark.parametrize("scheme", ["W4A8", "W8A8"])
 def test_every_recipe_runs_and_reports(samples: Any, method: str, scheme: str) -> None:
     recipe = Recipe.preset(method, scheme, 32 if scheme == "W4A8" else None)
@@ -256,10 +256,12 @@ def test_learned_smoothing_lowers_the_loss_and_is_kept_only_then(samples: Any) -
     assert len([n for n in report.notes if "did not lower the loss" in n]) == len(undone)
 
 
-def batches_of(samples: Any, size: int) -> list[tuple[dict[str, Tensor], Tensor]]:
+def batches_of(samples: Any, size: int) -> list[tuple[dict[str, Tensor], Tensor, Tensor]]:
     encoder = SampleEncoder(tiny_processor(FAMILY))
     loaded = masquant.load_samples(samples)
-    return [(b.inputs, torch.zeros(len(b.samples), dtype=torch.bool)) for b in encoder.batches(loaded, size)]
+    return [
+        (b.inputs, torch.zeros(len(b.samples), dtype=torch.bool), b.answer_mask) for b in encoder.batches(loaded, size)
+    ]
 
 
 def test_replay_block_by_block_is_the_models_own_forward(samples: Any) -> None:
@@ -270,7 +272,7 @@ def test_replay_block_by_block_is_the_models_own_forward(samples: Any) -> None:
     inputs = capture_block_inputs(model, iter(batches), tokens)
     blocks = decoder_blocks(model)
     with torch.no_grad():
-        for i, (batch, _) in enumerate(batches):
+        for i, (batch, _, _) in enumerate(batches):
             hidden = inputs.hidden[i]
             for index, block in enumerate(blocks):
                 hidden = inputs.run(block, index, i, hidden, torch.device("cpu"))
@@ -291,13 +293,13 @@ def decoder_norm(model: PreTrainedModel) -> torch.nn.Module:
 
 def test_capture_restores_the_blocks_after_an_error(samples: Any) -> None:
     model = tiny_model(FAMILY)
-    (batch, held), *_ = batches_of(samples, 4)
+    (batch, held, answers), *_ = batches_of(samples, 4)
     broken = {k: v for k, v in batch.items() if k != "input_ids"}
     with pytest.raises(DataError, match="has no input_ids"):
-        capture_block_inputs(model, iter([(broken, held)]), modality_tokens_of(model.config))
+        capture_block_inputs(model, iter([(broken, held, answers)]), modality_tokens_of(model.config))
     broken = {**batch, "input_ids": torch.full_like(batch["input_ids"], 10**6)}
     with pytest.raises((IndexError, ValueError)):
-        capture_block_inputs(model, iter([(broken, held)]), modality_tokens_of(model.config))
+        capture_block_inputs(model, iter([(broken, held, answers)]), modality_tokens_of(model.config))
     assert all("forward" not in vars(block) for block in decoder_blocks(model))
 
 

@@ -34,6 +34,7 @@ def problem(recipe: Recipe, data: list[Tensor], held: list[Tensor] | None = None
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(5))
     values = {
         "name": "qkv", "weight": weight, "statistics": statistics, "modalities": MODALITIES, "recipe": recipe,
+        "grid": recipe.scheme.weights, "modality_weights": dict.fromkeys(MODALITIES, 1.0),
         "realize_text": lambda s: s, "row_fold": torch.ones(OUT), **changes,
     }  # fmt: skip
     return GroupProblem(**values)  # type: ignore[arg-type]

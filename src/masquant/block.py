@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoder block: solve its groups, fold text's vectors, put the quantized linears in place.
+"""One decoder block: rotate, solve its groups, fold text's vectors, put the quantized linears in place.
 
 Text's vector of a group is divided out where the group's input comes from: in the norm before it, or in the rows of
 the linear before it. Rows are folded into the stored scales, bias and patch of that linear, which is exact because
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from .calibration.statistics import GroupStatistics
 from .checkpoint.format import Site
 from .errors import ModelError
-from .modality import ModalityState
-from .models import LinearGroup, linear_of
-from .plan import GroupPlan
+from .modality import Modality, ModalityState
+from .models import LinearGroup, ModelFamily, linear_of
+from .plan import GroupPlan, group_rotation
 from .quantization import pack
 from .recipe import Recipe
+from .rotation import Rotation, Rotations
 from .runtime.build import fill_group, replace_group
+from .runtime.transforms import attach_input_rotation
 from .smoothing.scales import exact_norm_fold, share_across_query_heads
 from .solver import GroupProblem, GroupSolution, solution_patch_bytes, solve_group
 
@@ -50,11 +52,55 @@ def _heads_of(group: LinearGroup, block: nn.Module, config: Any, features: int) 
     return heads, kv_heads
 
 
-def text_realizer(block: nn.Module, group: GroupPlan, config: Any) -> Callable[[Tensor], Tensor]:
-    """Function from the vector wanted for text to the nearest one that can be folded exactly."""
+def rotate_block(
+    block: nn.Module, family: ModelFamily, groups: tuple[GroupPlan, ...], rotations: Rotations, config: Any
+) -> None:
+    """Fold the rotations into a float32 block, so that it does the same in the rotated stream.
+
+    Readers of the residual stream take their norm's weight and R; writers give R^T; rotated group inputs are rotated
+    by a hook as long as the linear is in floating point.
+
+    Raises:
+        ModelError: a norm with a bias, which no rotation can be folded behind.
+    """
+    residual = rotations.of_residual(config.hidden_size)
+    planned = {group.name: group for group in groups}
+    for group in family.groups:
+        linears = [linear_of(block, name) for name in group.linears]
+        if residual is not None and group.fold_kind == "norm":
+            norm = block.get_submodule(group.fold_into)
+            if getattr(norm, "bias", None) is not None:
+                raise ModelError(f"{group.fold_into} has a bias: the residual stream cannot be rotated")
+            gain = cast(nn.Parameter, norm.weight)
+            for linear in linears:
+                linear.weight.copy_(residual.apply(linear.weight.double() * gain.double()))
+            gain.fill_(1.0)
+        if residual is not None and group.writes_residual:
+            for linear in linears:
+                linear.weight.copy_(residual.apply(linear.weight.double().t()).t())
+                if linear.bias is not None:
+                    linear.bias.copy_(residual.apply(linear.bias.double()))
+        if group.fold_kind == "heads" and rotations.heads:
+            size = linears[0].in_features // config.num_attention_heads
+            heads, values = cast(Rotation, rotations.of_heads(size)), linear_of(block, group.fold_into)
+            turned = heads.apply(values.weight.double().t().unflatten(1, (-1, size))).flatten(1)
+            values.weight.copy_(turned.t())
+            if values.bias is not None:
+                values.bias.copy_(heads.apply(values.bias.double().unflatten(0, (-1, size))).flatten())
+            for linear in linears:
+                linear.weight.copy_(heads.apply(linear.weight.double().unflatten(1, (-1, size))).flatten(1))
+        rotation = group_rotation(planned.get(group.name), rotations)
+        for linear in linears if rotation is not None else ():
+            assert rotation is not None
+            linear.weight.copy_(rotation.apply(linear.weight.double()))
+            attach_input_rotation(linear, rotation)
+
+
+def text_realizer(block: nn.Module, group: GroupPlan, config: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Function from the vector wanted for text to the nearest one that can be folded exactly in the model's dtype."""
     kind = group.group.fold_kind
     if kind == "norm":
-        weight = cast(Tensor, block.get_submodule(group.group.fold_into).weight).detach()
+        weight = cast(Tensor, block.get_submodule(group.group.fold_into).weight).detach().to(dtype)
         return lambda scale: exact_norm_fold(weight, scale)[1]
     if kind == "heads":
         heads, kv_heads = _heads_of(group.group, block, config, group.in_features)
@@ -78,6 +124,8 @@ def solve_block(
     recipe: Recipe,
     config: Any,
     learned: Mapping[str, Tensor],
+    modality_weights: Callable[[str], Mapping[Modality, float]],
+    dtype: torch.dtype,
 ) -> tuple[dict[str, GroupSolution], dict[str, Tensor]]:
     """Solutions per group, and the factor of each linear's rows.
 
@@ -89,6 +137,8 @@ def solve_block(
         recipe: what to do.
         config: the decoder's config (numbers of heads).
         learned: per group, vectors that replace the closed form.
+        modality_weights: importance of each modality's error, by group.
+        dtype: of the model.
     """
     solutions: dict[str, GroupSolution] = {}
     folds: dict[str, Tensor] = {}
@@ -101,7 +151,9 @@ def solve_block(
             statistics[group.name],
             state.tokens.modalities,
             recipe,
-            text_realizer(block, group, config),
+            group.linears[0].grid,
+            modality_weights(group.name),
+            text_realizer(block, group, config, dtype),
             row_fold,
             learned.get(group.name),
         )
@@ -127,7 +179,7 @@ def apply_solutions(
         solution = solutions[group.name]
         if group.group.fold_kind == "norm":
             norm = cast(Tensor, block.get_submodule(group.group.fold_into).weight)
-            norm.copy_(exact_norm_fold(norm, solution.text_scale)[0])
+            norm.copy_(exact_norm_fold(norm.to(dtype), solution.text_scale)[0])
         for name in group.kept:  # left in floating point: its input is divided by text's vector all the same
             linear_of(block, name).weight.mul_(solution.text_scale)
     quantized = {linear.name for group in groups for linear in group.linears}
@@ -144,40 +196,44 @@ def apply_solutions(
         bias = torch.cat([
             torch.zeros(m.out_features, device=fold.device) if m.bias is None else m.bias.float() for m in linears
         ])  # fmt: skip
-        ranks = {m: a.shape[0] for m, (a, _) in solution.patches.items()}
+        ranks = {key: a.shape[0] for key, (a, _) in solution.patches.items()}
         sites[group.name] = Site(solution.smooth_scale is not None, ranks)
         modules = replace_group(
             block,
             group,
-            num_bits={p.name: recipe.scheme.weights.num_bits for p in group.linears},
             activation_bits=recipe.scheme.input_activations.num_bits,
             has_smooth_scale=solution.smooth_scale is not None,
             ranks=ranks,
+            rotation=group_rotation(group, recipe.rotations),
             state=state,
             dtype=dtype,
             device=fold.device,
         )
         fill_group(
             modules,
-            packed=pack(solution.q, recipe.scheme.weights.num_bits),
+            packed=pack(solution.q, group.linears[0].num_bits),
             weight_scale=solution.weight_scale * fold[:, None],
             bias=bias * fold,
             smooth_scale=solution.smooth_scale,
-            patches={m: (a, b * fold[:, None]) for m, (a, b) in solution.patches.items()},
+            patches={key: (a, b * fold[:, None]) for key, (a, b) in solution.patches.items()},
         )
     return sites
 
 
-def group_record(group: GroupPlan, solution: GroupSolution, recipe: Recipe) -> dict[str, Any]:
+def group_record(group: GroupPlan, solution: GroupSolution) -> dict[str, Any]:
     """What report.json says of one group."""
-    packed = sum(linear.packed_bytes(recipe.scheme.weights.num_bits) for linear in group.linears)
     vectors = 0 if solution.smooth_scale is None else 2 * solution.smooth_scale.numel()
     return {
         "group": group.name,
         "choice": str(solution.choice),
+        "num_bits": group.linears[0].num_bits,
         "group_size": group.linears[0].group_size or "channel",
         "errors": {m.value: e for m, e in solution.errors.items()},
         "candidates": [{"choice": n, "errors": {m.value: e for m, e in es.items()}} for n, es in solution.candidates],
-        "rank": {m.value: a.shape[0] for m, (a, _) in solution.patches.items()},
-        "bytes": {"packed": packed, "smooth_scale": vectors, "compensation": solution_patch_bytes(solution)},
+        "rank": {key: a.shape[0] for key, (a, _) in solution.patches.items()},
+        "bytes": {
+            "packed": group.packed_bytes,
+            "smooth_scale": vectors,
+            "compensation": solution_patch_bytes(solution),
+        },
     }

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 FACTOR_DTYPE = torch.bfloat16
+ALL_TOKENS = "all"  # key of a patch that serves every token, text too
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from .checkpoint.format import QUANT_METHOD
 from .compare import load_processor
 from .integrations.transformers import quantized_linears, read_headers
 from .modality import ModalityState
-from .models import decoder_blocks, modality_tokens_of
+from .models import modality_tokens_of
 from .pipeline import capture
 from .plan import make_plan
 from .progress import AbstractProgress
@@ -95,7 +95,7 @@ def activation_ranges(
     run = Run(loaded, recipe, plan, state, inputs, loaded.device, [], progress)
     rows = []
     for index in progress.track(range(len(plan.blocks)), "measuring", len(plan.blocks), "block"):
-        targets, statistics = run.observe(decoder_blocks(loaded)[index], index, plan.blocks[index])
+        targets, statistics = run.observe(run.prepare(index), index, plan.blocks[index])
         for group in plan.blocks[index]:
             found = statistics[group.name].fitting
             names = [m.value for m in state.tokens.modalities]

@@ -22,17 +22,19 @@ from transformers import __version__ as transformers_version
 from .calibration.block_inputs import BlockInputs, capture_block_inputs
 from .calibration.dataset import Sample, load_samples
 from .calibration.encoding import SampleEncoder
+from .calibration.gradients import TokenGradients, token_gradients
 from .calibration.media import content_digest
 from .checkpoint.format import CheckpointFormat, make_format
 from .checkpoint.store import BlockStore, digest, tensor_digest
 from .errors import DataError
 from .integrations.transformers import adopt
 from .modality import Modality, ModalityState, attach_routing
-from .models import decoder_of, modality_tokens_of
+from .models import ModelFamily, decoder_of, modality_tokens_of
 from .plan import make_plan
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
 from .run import Run, peak_memory
+from .runtime.transforms import attach_residual_rotation
 from .version import __version__
 
 SPILL_BYTES = 8 * 2**30  # hidden states beyond this go to a temporary folder
@@ -117,18 +119,21 @@ def quantize(
     state = ModalityState(modality_tokens_of(model.config))
     store = open_store(model, recipe, loaded, work_folder, resume) if work_folder else None
     inputs = capture(model, processor, loaded, recipe, state, batch_size, progress)
+    gradients = measure_gradients(model, recipe, inputs, plan.family, device, progress)
+    rotate_stream(inputs, recipe, model.get_input_embeddings().embedding_dim)
     counts = modality_counts(inputs, state.tokens.modalities)
     notes = [*plan.notes, *missing_notes(counts)]
     for note in notes:
         progress.note(note)
-    run = Run(model, recipe, plan, state, inputs, device, notes, progress)
+    run = Run(model, recipe, plan, state, inputs, device, notes, progress, gradients)
     records = [run.block(index, store) for index in progress.track(
         range(len(plan.blocks)), "quantizing", len(plan.blocks), "block"
     )]  # fmt: skip
     checkpoint = make_format(
-        plan.family, plan.blocks, recipe.scheme.weights, recipe.scheme.input_activations, recipe.ignore, run.sites
+        plan.family, plan.blocks, recipe.scheme.input_activations, recipe.ignore, run.sites, recipe.rotations
     )
     attach_routing(model, decoder_of(model), state)
+    attach_residual_rotation(decoder_of(model), recipe.rotations)
     adopt(model, checkpoint)
     calibration = {"num_samples": len(loaded), "tokens": {m.value: n for m, n in counts.items()}}
     sizes = {key: sum(g["bytes"][key] for r in records for g in r["groups"]) for key in
@@ -192,13 +197,48 @@ def capture(
     encoder = SampleEncoder(processor)
     total = -(-len(samples) // batch_size)
 
-    def batches() -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+    def batches() -> Iterator[tuple[Mapping[str, Tensor], Tensor, Tensor]]:
         tracked = progress.track(encoder.batches(samples, batch_size), "reading samples", total, "batch")
         for batch in tracked:
-            yield batch.inputs, torch.tensor([s.id in held for s in batch.samples])
+            yield batch.inputs, torch.tensor([s.id in held for s in batch.samples]), batch.answer_mask
 
     size = len(samples) * 2048 * model.get_input_embeddings().embedding_dim * 4
     return capture_block_inputs(model, batches(), state.tokens, spill=size > SPILL_BYTES)
+
+
+def measure_gradients(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    inputs: BlockInputs,
+    family: ModelFamily,
+    device: torch.device,
+    progress: AbstractProgress,
+) -> TokenGradients | None:
+    """How much the answers depend on each token, if the recipe asks for it.
+
+    Measured before the model is rotated, which leaves the norms of the gradients as they are.
+    """
+    if not recipe.needs_gradients:
+        return None
+    if not any(bool(batch.answers.any()) for batch in inputs.batches):
+        raise DataError("no calibration sample has an answer or a text: nothing to measure gradients of")
+    return token_gradients(
+        model,
+        family.groups,
+        inputs,
+        samples=recipe.gradient.samples,
+        seed=recipe.seed,
+        device=device,
+        progress=progress,
+    )
+
+
+def rotate_stream(inputs: BlockInputs, recipe: Recipe, size: int) -> None:
+    """Rotate the hidden states before the first block, where the recipe rotates the residual stream."""
+    rotation = recipe.rotations.of_residual(size) if recipe.rotations else None
+    for i in range(len(inputs.hidden) if rotation else 0):
+        assert rotation is not None
+        inputs.hidden[i] = rotation.apply(inputs.hidden[i])
 
 
 def modality_counts(inputs: BlockInputs, modalities: Sequence[Modality]) -> dict[Modality, int]:

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,21 +13,29 @@ from transformers import PreTrainedModel
 from .errors import ModelError, RecipeError
 from .models import LinearGroup, ModelFamily, decoder_blocks, family_of, linear_of
 from .recipe import Recipe, WeightArgs
+from .rotation import Rotation, Rotations
 
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """One linear: its name inside the block, its shape, and inputs per weight scale (None: one scale per row)."""
+    """One linear: name inside the block, shape, the weight's bits, and inputs per weight scale (None: one a row)."""
 
     name: str
     in_features: int
     out_features: int
     has_bias: bool
+    num_bits: int
     group_size: int | None
 
-    def packed_bytes(self, num_bits: int) -> int:
+    @property
+    def grid(self) -> WeightArgs:
+        """Of the weight, without automatic group size."""
+        return WeightArgs(self.num_bits, "group" if self.group_size else "channel", self.group_size)
+
+    @property
+    def packed_bytes(self) -> int:
         """Bytes of the packed weight, its scales and its shape."""
-        words = -(-self.in_features // (32 // num_bits))
+        words = -(-self.in_features // (32 // self.num_bits))
         scales = self.in_features // (self.group_size or self.in_features)
         return self.out_features * (4 * words + 2 * scales) + 16
 
@@ -55,6 +63,24 @@ class GroupPlan:
         """Rows of all its quantized linears."""
         return sum(linear.out_features for linear in self.linears)
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of its packed weights."""
+        return sum(linear.packed_bytes for linear in self.linears)
+
+    def with_grid(self, grid: WeightArgs) -> GroupPlan:
+        """The same with another grid for all its linears."""
+        size = grid.group_size_for(self.in_features)
+        linears = tuple(replace(p, num_bits=grid.num_bits, group_size=size) for p in self.linears)
+        return replace(self, linears=linears)
+
+
+def group_rotation(group: GroupPlan | None, rotations: Rotations | None) -> Rotation | None:
+    """Rotation of a group's input when the model runs; none where a member stays in floating point."""
+    if group is None or rotations is None or group.kept:
+        return None
+    return rotations.of_group(group.name, group.in_features)
+
 
 def site_key(block: int, group: str) -> str:
     """Key of one group of one block in the checkpoint's `sites` and in reports."""
@@ -79,7 +105,7 @@ def plan_block(
     index: int,
     family: ModelFamily,
     ignore: Iterable[str],
-    weights: Mapping[str, WeightArgs] | WeightArgs,
+    weights: Callable[[str], WeightArgs],
 ) -> tuple[GroupPlan, ...]:
     """Groups of one block, without those that are ignored as a whole.
 
@@ -88,7 +114,7 @@ def plan_block(
         index: its number.
         family: of the model.
         ignore: patterns of linears that stay.
-        weights: the weights' grid, or one per linear name inside the block.
+        weights: the weight's grid of a linear, by its name below the decoder.
     """
     ignore = tuple(ignore)
     plans = []
@@ -99,12 +125,13 @@ def plan_block(
                 kept.append(name)
                 continue
             linear = linear_of(block, name)
-            grid = weights if isinstance(weights, WeightArgs) else weights[name]
+            grid = weights(f"layers.{index}.{name}")
             try:
                 size = grid.group_size_for(linear.in_features)
             except RecipeError as error:
                 raise RecipeError(f"layers.{index}.{name}: {error}") from error
-            linears.append(LinearPlan(name, linear.in_features, linear.out_features, linear.bias is not None, size))
+            shape = linear.in_features, linear.out_features
+            linears.append(LinearPlan(name, *shape, linear.bias is not None, grid.num_bits, size))
         if linears:
             plans.append(GroupPlan(group, tuple(linears), tuple(kept)))
     return tuple(plans)
@@ -158,7 +185,9 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         stray = [n for n, m in block.named_modules() if isinstance(m, nn.Linear) and n not in known]
         if stray:
             raise ModelError(f"layers.{index}.{stray[0]} belongs to no linear group of {family.title}")
-    plans = tuple(plan_block(b, i, family, recipe.ignore, recipe.scheme.weights) for i, b in enumerate(blocks))
+    plans = tuple(
+        plan_block(b, i, family, recipe.ignore, lambda _: recipe.scheme.weights) for i, b in enumerate(blocks)
+    )
     quantized = [
         (linear_of(blocks[i], linear.name), linear)
         for i, groups in enumerate(plans)
@@ -169,13 +198,12 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         raise RecipeError("the recipe ignores every linear of the decoder: nothing to quantize")
     float_bytes = sum(m.weight.numel() * m.weight.element_size() for m, _ in quantized)
     total = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    bits = recipe.scheme.weights.num_bits
     return Plan(
         family,
         plans,
         tuple(name for name in names if is_ignored(name, recipe.ignore)),
         float_bytes,
-        sum(linear.packed_bytes(bits) for _, linear in quantized),
+        sum(linear.packed_bytes for _, linear in quantized),
         total - float_bytes,
         _group_size_notes(plans, recipe.scheme.weights),
     )

@@ -19,6 +19,7 @@ import yaml
 
 from .errors import RecipeError
 from .modality import Modality
+from .rotation import Rotations
 from .strict import from_plain, to_plain
 
 RECIPE_VERSION = 1
@@ -35,11 +36,12 @@ def _require(condition: bool, message: str) -> None:
 @dataclass(frozen=True)
 class WeightArgs:
     """Weights: symmetric integers. `group_size` None with strategy "group" means the largest of 128, 64, 32 that
-    divides a linear's in_features."""
+    divides a linear's in_features. `full_range` uses all 2^num_bits integers, with scales of either sign."""
 
     num_bits: int = 4
     strategy: Literal["channel", "group"] = "group"
     group_size: int | None = None
+    full_range: bool = False
 
     def __post_init__(self) -> None:
         _require(self.num_bits in (4, 8), f"weights.num_bits must be 4 or 8, got {self.num_bits}")
@@ -141,12 +143,14 @@ class SmoothingArgs:
     Attributes:
         mode: no smoothing, one vector for all tokens, or one per modality.
         strength: share of an activation's range moved into the weight.
+        formula: of the vector: `smoothquant` (absmax of input and weight) or `awq` (mean magnitude of the input).
         groups: the linear groups that are smoothed.
         learned: refine the vectors by gradient.
     """
 
     mode: Literal["none", "shared", "modality"] = "modality"
     strength: float = 0.5
+    formula: Literal["smoothquant", "awq"] = "smoothquant"
     groups: tuple[str, ...] = GROUP_NAMES
     learned: LearnedArgs | None = None
 
@@ -165,23 +169,63 @@ class RoundingArgs:
         method: to nearest, or error-compensated.
         damping: share of the Hessian's mean diagonal added to it.
         clip_search: search each scale's clipping ratio by weighted error.
-        balance: in the Hessian, count every token once, or every modality's output energy equally.
+        balance: in the Hessian, count every token once, every modality's output energy equally, or every token by how
+            much the answers depend on it (see `GradientArgs`).
     """
 
     method: Literal["nearest", "gptq"] = "gptq"
     damping: float = 0.01
     clip_search: bool = True
-    balance: Literal["token", "modality"] = "modality"
+    balance: Literal["token", "modality", "gradient"] = "modality"
 
     def __post_init__(self) -> None:
         _require(0 < self.damping <= 1, f"rounding.damping must be in (0, 1], got {self.damping}")
 
 
 @dataclass(frozen=True)
-class CompensationArgs:
-    """Low-rank patches of the modalities other than text; exactly one of rank, rank_ratio, max_bytes.
+class GradientArgs:
+    """How the answers' dependence on each token is measured (`calibration.gradients`).
 
     Attributes:
+        samples: backward passes per calibration sample.
+        floor: share of a token's weight that does not depend on its gradient.
+    """
+
+    samples: int = 1
+    floor: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(self.samples > 0, f"gradient.samples must be positive, got {self.samples}")
+        _require(0 <= self.floor <= 1, f"gradient.floor must be in 0..1, got {self.floor}")
+
+
+@dataclass(frozen=True)
+class RotationArgs:
+    """Rotations that spread outliers over channels (QuaRot).
+
+    Attributes:
+        heads: values within each head; folded into the weights, costs nothing.
+        online_transforms: also what cannot be folded and runs with the model: the residual stream (once at the
+            decoder's entrance and once at its end) and the input of `down`.
+        seed: of the rotations' signs.
+    """
+
+    heads: bool = True
+    online_transforms: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, f"rotation.seed must not be negative, got {self.seed}")
+        _require(self.heads or self.online_transforms, "rotation without heads and online_transforms rotates nothing")
+
+
+@dataclass(frozen=True)
+class CompensationArgs:
+    """Low-rank patches; exactly one of rank, rank_ratio, max_bytes.
+
+    Attributes:
+        tokens: one patch for each modality other than text, or one for all tokens.
+        order: patch what is left after rounding, or take the patch off first and round what is left (SVDQuant).
         rank: the rank itself.
         rank_ratio: share of min(in, out).
         max_bytes: share of the group's packed bytes, over all modalities.
@@ -189,6 +233,8 @@ class CompensationArgs:
         groups: the linear groups that are patched.
     """
 
+    tokens: Literal["modality", "all"] = "modality"
+    order: Literal["after", "before"] = "after"
     rank: int | None = None
     rank_ratio: float | None = None
     max_bytes: float | None = None
@@ -196,6 +242,7 @@ class CompensationArgs:
     groups: tuple[str, ...] = GROUP_NAMES
 
     def __post_init__(self) -> None:
+        _require(self.order == "after" or self.tokens == "all", "compensation.order 'before' needs tokens 'all'")
         given = [name for name in ("rank", "rank_ratio", "max_bytes") if getattr(self, name) is not None]
         _require(
             len(given) == 1,
@@ -239,7 +286,8 @@ class Recipe:
     Attributes:
         method: name for reports.
         modalities: the modalities that the recipe provides for; a model with others is refused.
-        modality_weights: importance of each modality's error.
+        modality_weights: importance of each modality's error, or "gradient": by the mean magnitude of the answers'
+            gradient at its tokens, per block (MBQ, arXiv 2412.19509).
         ignore: linears that stay in floating point: names below the decoder, or "re:" and a regular expression.
         encoders, lm_head, embeddings and everything outside of the decoder blocks always stay in floating point.
     """
@@ -250,8 +298,12 @@ class Recipe:
     rounding: RoundingArgs = RoundingArgs()
     compensation: CompensationArgs | None = None
     selection: SelectionArgs | None = None
+    rotation: RotationArgs | None = None
+    gradient: GradientArgs = GradientArgs()
     modalities: tuple[Modality, ...] = tuple(Modality)
-    modality_weights: Mapping[Modality, float] = field(default_factory=lambda: dict.fromkeys(Modality, 1.0))
+    modality_weights: Mapping[Modality, float] | Literal["gradient"] = field(
+        default_factory=lambda: dict.fromkeys(Modality, 1.0)
+    )
     ignore: tuple[str, ...] = ()
     seed: int = 0
     version: int = RECIPE_VERSION
@@ -259,9 +311,10 @@ class Recipe:
     def __post_init__(self) -> None:
         _require(self.version == RECIPE_VERSION, f"recipe version {self.version} is not {RECIPE_VERSION}")
         _require(Modality.TEXT in self.modalities, "recipe.modalities must include text")
-        missing = [m.value for m in self.modalities if m not in self.modality_weights]
-        _require(not missing, f"modality_weights lacks {', '.join(missing)}")
-        _require(all(w > 0 for w in self.modality_weights.values()), "modality_weights must be positive")
+        if not isinstance(self.modality_weights, str):
+            missing = [m.value for m in self.modalities if m not in self.modality_weights]
+            _require(not missing, f"modality_weights lacks {', '.join(missing)}")
+            _require(all(w > 0 for w in self.modality_weights.values()), "modality_weights must be positive")
         for pattern in self.ignore:
             if pattern.startswith("re:"):
                 try:
@@ -274,6 +327,19 @@ class Recipe:
         """Whether second moments of the inputs are needed, and not only their ranges."""
         rounding = self.rounding.method == "gptq" or self.rounding.clip_search
         return rounding or self.compensation is not None or self.smoothing.mode == "modality"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the answers' gradient is needed."""
+        return self.rounding.balance == "gradient" or self.modality_weights == "gradient"
+
+    @property
+    def rotations(self) -> Rotations | None:
+        """The model's rotations."""
+        if self.rotation is None:
+            return None
+        online = self.rotation.online_transforms
+        return Rotations(self.rotation.seed, online, self.rotation.heads, ("down",) if online else ())
 
     def fast(self) -> Recipe:
         """The same with few candidates: one strength of a shared vector, and the patch."""
@@ -291,7 +357,9 @@ class Recipe:
         if method not in PRESETS:
             raise RecipeError(f"unknown method {method!r}; choose one of {', '.join(PRESETS)}")
         fields = {"method": method, **PRESETS[method], **changes}
-        return cls(scheme=Scheme.parse(scheme, group_size), **fields)
+        parsed = Scheme.parse(scheme, group_size)
+        weights = dataclasses.replace(parsed.weights, full_range=method in FULL_RANGE)
+        return cls(scheme=dataclasses.replace(parsed, weights=weights), **fields)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -307,7 +375,10 @@ class Recipe:
         if method is not None:
             base = to_plain(cls.preset(str(method)))
         if isinstance(rest.get("scheme"), str):
-            rest["scheme"] = to_plain(Scheme.parse(rest["scheme"], group_size))
+            scheme = to_plain(Scheme.parse(rest["scheme"], group_size))
+            if base:
+                scheme["weights"]["full_range"] = base["scheme"]["weights"]["full_range"]
+            rest["scheme"] = scheme
         elif group_size is not None:
             raise RecipeError("group_size at the top of a recipe needs a scheme by name, such as scheme: W4A8")
         return from_plain(cls, _merge(base, rest), "recipe")
@@ -334,26 +405,56 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
+_NEAREST = RoundingArgs("nearest", clip_search=False)
+_SEARCHED = tuple(i / 20 for i in range(20))
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "rtn": {"smoothing": SmoothingArgs("none"), "rounding": RoundingArgs("nearest", clip_search=False)},
-    "smoothquant": {"smoothing": SmoothingArgs("shared"), "rounding": RoundingArgs("nearest", clip_search=False)},
+    "rtn": {"smoothing": SmoothingArgs("none"), "rounding": _NEAREST},
+    "smoothquant": {
+        "smoothing": SmoothingArgs("shared"),
+        "rounding": _NEAREST,
+        "selection": SelectionArgs(strengths=tuple(i / 10 for i in range(10)), margin=0.0),
+    },
+    "awq": {
+        "smoothing": SmoothingArgs("shared", formula="awq"),
+        "rounding": RoundingArgs("nearest", balance="token"),
+        "selection": SelectionArgs(strengths=_SEARCHED, margin=0.0),
+    },
     "gptq": {"smoothing": SmoothingArgs("none"), "rounding": RoundingArgs("gptq", balance="token")},
+    "mbq": {
+        "smoothing": SmoothingArgs("shared", formula="awq"),
+        "rounding": RoundingArgs("nearest", balance="token"),
+        "selection": SelectionArgs(strengths=_SEARCHED, margin=0.0),
+        "modality_weights": "gradient",
+    },
+    "quarot": {
+        "smoothing": SmoothingArgs("none"),
+        "rounding": RoundingArgs("gptq", balance="token"),
+        "rotation": RotationArgs(),
+    },
+    "svdquant": {
+        "smoothing": SmoothingArgs("shared"),
+        "rounding": RoundingArgs("gptq", balance="token"),
+        "compensation": CompensationArgs(tokens="all", order="before", rank=32),
+    },
     "masquant-paper": {
         "smoothing": SmoothingArgs(
             "modality",
             groups=("qkv", "o", "gate_up"),
             learned=LearnedArgs(256, 0.02, "mae", "token_mean", "float_chain", patience=8),
         ),
-        "rounding": RoundingArgs("nearest", clip_search=False),
+        "rounding": _NEAREST,
         "compensation": CompensationArgs(rank_ratio=0.05, min_rank=32, groups=("qkv", "o", "gate_up")),
     },
     "masquant": {
         "smoothing": SmoothingArgs("modality"),
-        "rounding": RoundingArgs("gptq", balance="token"),  # so that the simplest candidate is gptq itself
+        "rounding": RoundingArgs("gptq", balance="gradient"),
         "compensation": CompensationArgs(max_bytes=0.05),
         "selection": SelectionArgs(),
+        "rotation": RotationArgs(),
     },
 }
+FULL_RANGE = {"masquant"}  # methods whose weights use every integer of their bits
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,18 +14,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .block import apply_solutions, group_record, solve_block, stacked_weight
+from .block import apply_solutions, group_record, rotate_block, solve_block, stacked_weight
 from .calibration.block_inputs import BlockInputs, HiddenStates
+from .calibration.gradients import TokenGradients
 from .calibration.statistics import GroupStatistics, collect_statistics
 from .checkpoint.format import Site, parse_site
 from .checkpoint.store import BlockStore
 from .errors import ModelError
-from .modality import ModalityState
+from .modality import Modality, ModalityState
 from .models import decoder_blocks, decoder_of, linear_of
-from .plan import GroupPlan, Plan, site_key
+from .plan import GroupPlan, Plan, group_rotation, site_key
 from .progress import AbstractProgress
 from .recipe import Recipe
+from .runtime import MasquantLinear
 from .runtime.build import replace_group
+from .runtime.linear import Compensation
 from .smoothing.learned import TrialLinear, learn_vectors
 from .smoothing.scales import smooth_scale
 
@@ -34,6 +37,15 @@ def peak_memory() -> int:
     """Largest resident size of this process so far, bytes."""
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def restore_dtype(block: nn.Module, dtype: torch.dtype) -> None:
+    """Back to the model's dtype: all but the quantized linears, whose buffers have their own."""
+    for module in block.modules():
+        if not isinstance(module, MasquantLinear | Compensation):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
 
 
 @dataclass
@@ -48,6 +60,7 @@ class Run:
     device: torch.device
     notes: list[str]
     progress: AbstractProgress
+    gradients: TokenGradients | None = None
     sites: dict[str, Site] = field(default_factory=dict)
     float_hidden: HiddenStates | None = None
 
@@ -59,21 +72,31 @@ class Run:
     def block(self, index: int, store: BlockStore | None) -> dict[str, Any]:
         """Quantize (or take from `store`) one block, and advance the hidden states through it."""
         start = time.monotonic()
-        block = decoder_blocks(self.model)[index].to(self.device)
+        block = self.prepare(index)
         groups = self.plan.blocks[index]
         finished = store.load(index) if store else None
         if finished:
             self.advance_float(block, index)
             record = self.restore(block, index, groups, *finished)
             self.advance(block, index)
+            restore_dtype(block, self.model.dtype)
         else:
             record = self.solve(block, index, groups)
             record["seconds"] = time.monotonic() - start
             record["peak_memory"] = peak_memory()
+            restore_dtype(block, self.model.dtype)
             if store:
                 store.save(index, block.state_dict(), {**record, "sites": _site_dicts(self.sites, index)})
         block.to(self.model.device)
         return record
+
+    def prepare(self, index: int) -> nn.Module:
+        """The block on the run's device, in float32 and rotated if the recipe says so."""
+        block = decoder_blocks(self.model)[index].to(self.device).float()
+        if self.recipe.rotations is not None:
+            config = decoder_of(self.model).config
+            rotate_block(block, self.plan.family, self.plan.blocks[index], self.recipe.rotations, config)
+        return block
 
     def solve(self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...]) -> dict[str, Any]:
         """Quantize one block; its report."""
@@ -82,12 +105,22 @@ class Run:
         self.advance_float(block, index)
         learned, learning = self.learn(block, index, groups, statistics, targets)
         config = decoder_of(self.model).config
-        solutions, folds = solve_block(block, groups, statistics, self.state, self.recipe, config, learned)
+        solutions, folds = solve_block(
+            block,
+            groups,
+            statistics,
+            self.state,
+            self.recipe,
+            config,
+            learned,
+            lambda group: self.modality_weights(index, group),
+            self.model.dtype,
+        )
         sites = apply_solutions(block, groups, solutions, folds, self.state, self.recipe, self.model.dtype)
         self.sites.update({site_key(index, name): site for name, site in sites.items() if site != Site(False, {})})
         return {
             "block": index,
-            "groups": [group_record(g, solutions[g.name], self.recipe) for g in groups],
+            "groups": [group_record(g, solutions[g.name]) for g in groups],
             "error": self.advance(block, index, targets),
             **learning,
         }
@@ -105,9 +138,31 @@ class Run:
         batches = [(b.ids, b.mask, b.held_back) for b in inputs.batches]
         leaders = {g.name: g.linears[0].name for g in groups}
         statistics = collect_statistics(
-            block, leaders, batches, forward, len(self.state.tokens.modalities), self.recipe.needs_moments
+            block,
+            leaders,
+            batches,
+            forward,
+            len(self.state.tokens.modalities),
+            self.recipe.needs_moments,
+            self.token_weights(index),
         )
         return targets, statistics
+
+    def token_weights(self, index: int) -> dict[str, list[Tensor]] | None:
+        """Weights of the tokens in the block's statistics, per group and batch."""
+        if self.gradients is None or self.recipe.rounding.balance != "gradient":
+            return None
+        return self.gradients.weights(index, [b.mask for b in self.inputs.batches], self.recipe.gradient.floor)
+
+    def modality_weights(self, index: int, group: str) -> Mapping[Modality, float]:
+        """Importance of each modality's error in a group."""
+        if self.recipe.modality_weights != "gradient":
+            return self.recipe.modality_weights
+        assert self.gradients is not None
+        modalities, batches = self.state.tokens.modalities, self.inputs.batches
+        ids, masks = [b.ids for b in batches], [b.mask for b in batches]
+        means = self.gradients.modality_means(index, group, ids, masks, len(modalities))
+        return dict(zip(modalities, means, strict=True))
 
     def advance_float(self, block: nn.Module, index: int) -> None:
         """Run the float chain, if the recipe needs it, through the block while it is still in floating point."""
@@ -162,7 +217,7 @@ class Run:
             lambda i: self.inputs.run(block, index, i, hidden[i], self.device),
             wanted,
             [(b.ids.to(self.device), b.mask.to(self.device)) for b in self.inputs.batches],
-            [self.recipe.modality_weights[m] for m in self.state.tokens.modalities],
+            [self.modality_weights(index, groups[-1].name)[m] for m in self.state.tokens.modalities],
             args,
             self.recipe.seed + index,
         )
@@ -215,10 +270,10 @@ class Run:
             replace_group(
                 block,
                 group,
-                num_bits={p.name: self.recipe.scheme.weights.num_bits for p in group.linears},
                 activation_bits=self.recipe.scheme.input_activations.num_bits,
                 has_smooth_scale=site.has_smooth_scale,
-                ranks=site.rank_of(),
+                ranks=site.ranks,
+                rotation=group_rotation(group, self.recipe.rotations),
                 state=self.state,
                 dtype=self.model.dtype,
                 device=self.device,

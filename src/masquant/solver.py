@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .calibration.statistics import GroupStatistics, Moments
-from .compensation import FACTOR_DTYPE, leading_vectors, low_rank_patch, patch_bytes, rank_for_bytes
+from .compensation import ALL_TOKENS, FACTOR_DTYPE, leading_vectors, low_rank_patch, patch_bytes, rank_for_bytes
 from .modality import Modality
 from .quantization import (
     GptqFactor,
@@ -43,9 +43,9 @@ from .quantization import (
     search_scale,
 )
 from .quantization.rounding import damped
-from .recipe import CompensationArgs, Recipe
+from .recipe import CompensationArgs, Recipe, WeightArgs
 from .runtime.linear import SMOOTH_DTYPE
-from .smoothing.scales import gauge, smooth_scale, spread_scale
+from .smoothing.scales import awq_scale, gauge, smooth_scale, spread_scale
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class GroupProblem:
         statistics: of the group's input.
         modalities: of the model, text first.
         recipe: what to do.
+        grid: of the weight.
+        modality_weights: importance of each modality's error.
         realize_text: the vector for text [in] that can really be folded, nearest to the one wanted.
         row_fold: [out], the factor by which each stored row will be multiplied (a later group's vector, folded).
         learned: [modalities, in], learned vectors that replace the closed form.
@@ -68,6 +70,8 @@ class GroupProblem:
     statistics: GroupStatistics
     modalities: tuple[Modality, ...]
     recipe: Recipe
+    grid: WeightArgs
+    modality_weights: Mapping[Modality, float]
     realize_text: Callable[[Tensor], Tensor]
     row_fold: Tensor
     learned: Tensor | None = None
@@ -75,7 +79,7 @@ class GroupProblem:
     @property
     def group_size(self) -> int | None:
         """Inputs per weight scale."""
-        return self.recipe.scheme.weights.group_size_for(self.weight.shape[1])
+        return self.grid.group_size_for(self.weight.shape[1])
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class GroupSolution:
         smooth_scale: [modalities, in], divisors of the folded input, row 0 ones, exact in bfloat16; None if all ones.
         q: int8 [out, in].
         weight_scale: [out, groups], before `row_fold`.
-        patches: per modality a [rank, in] and b [out, rank], b before `row_fold`.
+        patches: per modality, or for "all" tokens, a [rank, in] and b [out, rank], b before `row_fold`.
         choice: what was chosen.
         errors: per modality, relative error ||y - y_ref||^2 / ||y_ref||^2 on the tokens held back (empty if none).
         candidates: per candidate tried, its name and errors.
@@ -114,7 +118,7 @@ class GroupSolution:
     smooth_scale: Tensor | None
     q: Tensor
     weight_scale: Tensor
-    patches: Mapping[Modality, tuple[Tensor, Tensor]]
+    patches: Mapping[str, tuple[Tensor, Tensor]]
     choice: Choice
     errors: Mapping[Modality, float]
     candidates: tuple[tuple[str, Mapping[Modality, float]], ...] = ()
@@ -150,7 +154,7 @@ class Fit:
         recipe = self.problem.recipe
         factors = []
         for m, modality in enumerate(self.problem.modalities):
-            factor = float(recipe.modality_weights[modality]) if self.statistics.counts[m] else 0.0
+            factor = float(self.problem.modality_weights[modality]) if self.statistics.counts[m] else 0.0
             if recipe.rounding.balance == "modality":
                 energy = float(self.energy[m].sum())
                 factor = factor / energy if energy > 0 else 0.0
@@ -194,7 +198,8 @@ def solve_group(problem: GroupProblem) -> GroupSolution:
 
 def _may_patch(problem: GroupProblem) -> bool:
     compensation = problem.recipe.compensation
-    present = bool((problem.statistics.fitting.counts[1:] > 0).any())
+    counts = problem.statistics.fitting.counts
+    present = bool((counts[1:] > 0).any()) or (compensation is not None and compensation.tokens == "all")
     return compensation is not None and problem.name in compensation.groups and present
 
 
@@ -218,7 +223,7 @@ def _select(problem: GroupProblem, mode: str) -> GroupSolution:
         nonlocal best, errors
         solution, found = attempt(choice, base)
         worst = max(found[m] / max(simplest[m], 1e-30) for m in found)
-        if _gain(errors, found, problem.recipe) > selection.margin and worst <= 1 + selection.margin:
+        if _gain(errors, found, problem.modality_weights) > selection.margin and worst <= 1 + selection.margin:
             best, errors = solution, found
 
     for strength in selection.strengths if mode != "none" else ():
@@ -234,10 +239,12 @@ def _select(problem: GroupProblem, mode: str) -> GroupSolution:
     return replace(final, errors=errors, candidates=tuple((str(choice), e) for choice, e in tried))
 
 
-def _gain(before: Mapping[Modality, float], after: Mapping[Modality, float], recipe: Recipe) -> float:
+def _gain(
+    before: Mapping[Modality, float], after: Mapping[Modality, float], weights: Mapping[Modality, float]
+) -> float:
     """Weighted mean over modalities of log(before / after): relative, so that no modality's magnitude dominates."""
-    total = sum(recipe.modality_weights[m] for m in before)
-    logs = (recipe.modality_weights[m] * math.log(max(before[m], 1e-30) / max(after[m], 1e-30)) for m in before)
+    total = sum(weights[m] for m in before)
+    logs = (weights[m] * math.log(max(before[m], 1e-30) / max(after[m], 1e-30)) for m in before)
     return sum(logs) / total
 
 
@@ -256,6 +263,9 @@ def _vectors(fit: Fit, choice: Choice) -> tuple[Tensor, Tensor]:
         return problem.realize_text(ones[0]), ones
     else:
         weight_absmax = problem.weight.abs().amax(0)
+        if problem.recipe.smoothing.formula == "awq":
+            awq = problem.realize_text(awq_scale(statistics.mean_magnitude, choice.strength))
+            return awq, ones
         shared = smooth_scale(statistics.absmax.amax(0), weight_absmax, choice.strength)
         own = smooth_scale(statistics.absmax, weight_absmax, choice.strength)
         wanted = spread_scale(shared, own, choice.spread)
@@ -270,11 +280,12 @@ def _vectors(fit: Fit, choice: Choice) -> tuple[Tensor, Tensor]:
     return text, ratio.to(SMOOTH_DTYPE).float()
 
 
-def _round_base(fit: Fit, text: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers [out, in] and scales [out, groups] of the base weight, which meets inputs divided by text * ratio."""
+def _round_base(fit: Fit, target: Tensor, text: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers [out, in] and scales [out, groups] of the base weight for the target [out, in] of the unsmoothed input;
+    it meets inputs divided by text * ratio."""
     problem = fit.problem
-    bits, rounding = problem.recipe.scheme.weights.num_bits, problem.recipe.rounding
-    target = problem.weight
+    bits, rounding = problem.grid.num_bits, problem.recipe.rounding
+    full_range = problem.recipe.scheme.weights.full_range
     if rounding.method == "nearest" and not rounding.clip_search:
         scale = absmax_scale(target * text, bits, problem.group_size, problem.row_fold)
         return quantize_weight(target * text, scale, bits), scale
@@ -287,13 +298,13 @@ def _round_base(fit: Fit, text: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
         target = torch.linalg.solve(h, right.t()).t().float()
     if rounding.clip_search:
         importance = hessian.diagonal() / text.to(hessian.dtype).square()
-        scale = search_scale(target * text, bits, problem.group_size, importance, problem.row_fold)
+        scale = search_scale(target * text, bits, problem.group_size, importance, problem.row_fold, full_range)
     else:
         scale = absmax_scale(target * text, bits, problem.group_size, problem.row_fold)
     if rounding.method == "gptq":
         factor = fit.factor if hessian is fit.hessian else factorize(hessian, rounding.damping)
-        return round_gptq(target, scale, factor, bits, text), scale
-    return quantize_weight(target * text, scale, bits), scale
+        return round_gptq(target, scale, factor, bits, text, full_range), scale
+    return quantize_weight(target * text, scale, bits, full_range), scale
 
 
 def _patch_rank(compensation: CompensationArgs, problem: GroupProblem, patched: int) -> int:
@@ -306,40 +317,54 @@ def _patch_rank(compensation: CompensationArgs, problem: GroupProblem, patched: 
         rank = math.ceil(compensation.rank_ratio * limit)
     else:
         assert compensation.max_bytes is not None
-        weights = problem.recipe.scheme.weights
         groups = in_features // (problem.group_size or in_features)
-        packed = out_features * (in_features * weights.num_bits // 8 + 2 * groups)
+        packed = out_features * (in_features * problem.grid.num_bits // 8 + 2 * groups)
         rank = rank_for_bytes(compensation.max_bytes * packed / patched, in_features, out_features)
     return min(max(rank, compensation.min_rank), limit)
 
 
 def _solve(fit: Fit, choice: Choice) -> GroupSolution:
     """Vectors, base and (if the choice has them) patches of one candidate."""
+    problem = fit.problem
     text, ratio = _vectors(fit, choice)
-    q, scale = _round_base(fit, text, ratio)
     smooth = ratio if bool((ratio != 1).any()) else None
+    compensation = problem.recipe.compensation
+    if choice.patched and compensation is not None and compensation.order == "before":
+        smoothed = problem.weight * text
+        identity = torch.eye(smoothed.shape[1], dtype=torch.float64, device=smoothed.device)
+        a, b = _patch(fit, smoothed, identity, _patch_rank(compensation, problem, 1))
+        q, scale = _round_base(fit, problem.weight - (b @ a) / text, text, ratio)
+        return GroupSolution(text, smooth, q, scale, {ALL_TOKENS: (a, b)}, choice, {})
+    q, scale = _round_base(fit, problem.weight, text, ratio)
     solution = GroupSolution(text, smooth, q, scale, {}, choice, {})
-    if choice.patched:
-        solution = _with_patches(fit, solution, choice)
-    return solution
+    return _with_patches(fit, solution, choice) if choice.patched else solution
+
+
+def _patch(fit: Fit, difference: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors a [rank, in] and b [out, rank] for a difference [out, in], as they are stored, b before `row_fold`."""
+    a, b = low_rank_patch(difference, leading_vectors(difference, moment, rank))
+    fold = fit.problem.row_fold[:, None]
+    return a.to(FACTOR_DTYPE).float(), (b.float() * fold).to(FACTOR_DTYPE).float() / fold
 
 
 def _with_patches(fit: Fit, solution: GroupSolution, choice: Choice) -> GroupSolution:
-    """The solution with a patch for every modality that has tokens."""
+    """The solution with a patch for every modality that has tokens, or one for all tokens."""
     problem, statistics = fit.problem, fit.statistics
     present = [m for m in range(1, len(problem.modalities)) if statistics.counts[m] > 0]
-    patches: dict[Modality, tuple[Tensor, Tensor]] = {}
-    assert problem.recipe.compensation is not None
-    rank = _patch_rank(problem.recipe.compensation, problem, len(present)) if present else 0
+    patches: dict[str, tuple[Tensor, Tensor]] = {}
+    compensation = problem.recipe.compensation
+    assert compensation is not None
+    if compensation.tokens == "all":
+        s = solution.text_scale
+        moment = fit.hessian / torch.outer(s, s)
+        patch = _patch(fit, problem.weight * s - solution.base, moment, _patch_rank(compensation, problem, 1))
+        return replace(solution, patches={ALL_TOKENS: patch}, choice=choice)
+    rank = _patch_rank(compensation, problem, len(present)) if present else 0
     for m in present if rank else ():
         ratio = 1.0 if solution.smooth_scale is None else solution.smooth_scale[m]
         s = solution.text_scale * ratio
-        difference = problem.weight * s - solution.base
-        vectors = leading_vectors(difference, fit.moment[m] / torch.outer(s, s), rank)
-        a, b = low_rank_patch(difference, vectors)
-        fold = problem.row_fold[:, None]
-        stored_b = (b.float() * fold).to(FACTOR_DTYPE).float() / fold
-        patches[problem.modalities[m]] = (a.to(FACTOR_DTYPE).float(), stored_b)
+        patch = _patch(fit, problem.weight * s - solution.base, fit.moment[m] / torch.outer(s, s), rank)
+        patches[problem.modalities[m].value] = patch
     return replace(solution, patches=patches, choice=choice)
 
 
@@ -348,16 +373,17 @@ def group_output(problem: GroupProblem, solution: GroupSolution, x: Tensor, m: i
     ratio = 1.0 if solution.smooth_scale is None else solution.smooth_scale[m]
     smoothed = x / (solution.text_scale * ratio)
     y = fake_quantize_tokens(smoothed, problem.recipe.scheme.input_activations.num_bits) @ solution.base.t()
-    if problem.modalities[m] in solution.patches:
-        a, b = solution.patches[problem.modalities[m]]
-        y += (smoothed @ a.t()) @ b.t()
+    for key in (problem.modalities[m].value, ALL_TOKENS):
+        if key in solution.patches:
+            a, b = solution.patches[key]
+            y += (smoothed @ a.t()) @ b.t()
     return y
 
 
 def measure_errors(
     problem: GroupProblem, solution: GroupSolution, references: list[Tensor] | None = None
 ) -> dict[Modality, float]:
-    """Relative squared error per modality on the tokens held back; modalities without such tokens are left out.
+    """Relative squared error per modality on the weighted tokens held back; modalities without such are left out.
 
     `references` are the float outputs on those tokens, per modality, if they are known already.
     """
@@ -365,8 +391,9 @@ def measure_errors(
     for m, x in enumerate(problem.statistics.held):
         if len(x):
             reference = references[m] if references else x @ problem.weight.t()
-            energy = float(reference.square().sum())
-            error = float((group_output(problem, solution, x, m) - reference).square().sum())
+            weights = problem.statistics.held_weights[m]
+            energy = float(reference.square().sum(-1) @ weights)
+            error = float((group_output(problem, solution, x, m) - reference).square().sum(-1) @ weights)
             errors[problem.modalities[m]] = error / energy if energy > 0 else error
     return errors
 

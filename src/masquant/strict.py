@@ -45,7 +45,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+        kinds = [a for a in arguments if a is not type(None)]
+        words = [a for a in kinds if typing.get_origin(a) is Literal]
+        return _convert(words[0] if words and isinstance(value, str) else kinds[0], value, where)
     if origin is Literal:
         if value not in arguments:
             raise RecipeError(f"{where} must be one of {', '.join(map(repr, arguments))}, got {value!r}")

@@ -348,8 +348,8 @@ DAMAGE = {
     "reshaped packed weight": (_set("k_proj.weight_packed", lambda t: t[:-1].clone()), "has shape"),
     "wrong dtype": (_set("k_proj.weight_packed", lambda t: t.to(torch.int64)), "has dtype"),
     "stored shape differs": (_set("k_proj.weight_shape", lambda t: t + 1), "weight_shape says"),
-    "NaN scale": (_set("up_proj.weight_scale", lambda t: t * float("nan")), "not positive and finite"),
-    "zero scale": (_set("up_proj.weight_scale", torch.zeros_like), "not positive and finite"),
+    "NaN scale": (_set("up_proj.weight_scale", lambda t: t * float("nan")), "zero or not finite"),
+    "zero scale": (_set("up_proj.weight_scale", torch.zeros_like), "zero or not finite"),
     "text not folded": (_set("smooth_scale", lambda t: t * 2), "row 0 .text. must be ones"),
     "infinite patch": (_set("compensation.vision.a", lambda t: t + float("inf")), "not finite"),
     "extra tensor": (

@@ -49,12 +49,14 @@ class BlockBatch:
         ids: uint8 [batch, tokens], modality ids.
         mask: bool [batch, tokens], False for padding.
         held_back: bool [batch], samples that only decide between candidates.
+        answers: bool [batch, tokens], tokens whose likelihood counts.
     """
 
     calls: tuple[Call, ...]
     ids: Tensor
     mask: Tensor
     held_back: Tensor
+    answers: Tensor
 
 
 class HiddenStates:
@@ -97,15 +99,19 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """Everything needed to run the decoder block by block on the calibration samples."""
+    """Everything needed to run the decoder block by block on the calibration samples, in float32."""
 
     batches: tuple[BlockBatch, ...]
     hidden: HiddenStates
     returns_tuple: bool
 
     def run(self, block: nn.Module, index: int, i: int, hidden: Tensor, device: torch.device) -> Tensor:
-        """Output hidden states [batch, tokens, features] of block number `index` on batch `i`."""
-        args, kwargs = map_tensors(self.batches[i].calls[index], lambda t: t.to(device))
+        """Output hidden states [batch, tokens, features] of block number `index` on batch `i`, in hidden's dtype."""
+
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.to(device, hidden.dtype) if tensor.is_floating_point() else tensor.to(device)
+
+        args, kwargs = map_tensors(self.batches[i].calls[index], place)
         output = block(hidden.to(device), *args, **kwargs)
         return output[0] if self.returns_tuple else output
 
@@ -119,7 +125,7 @@ def _recording(blocks: list[nn.Module], calls: list[Call], outputs: dict[str, An
             if "returns_tuple" not in outputs:
                 outputs["returns_tuple"] = isinstance(original(hidden_states, *args, **kwargs), tuple)
             if index == 0:
-                outputs["hidden"] = hidden_states.detach().cpu()
+                outputs["hidden"] = hidden_states.detach().cpu().float()
             calls.append(map_tensors((args, kwargs), lambda t: t.detach().cpu()))
             return (hidden_states,) if outputs["returns_tuple"] else hidden_states
 
@@ -151,7 +157,7 @@ def _share(calls: list[Call]) -> tuple[Call, ...]:
 @torch.no_grad()
 def capture_block_inputs(
     model: PreTrainedModel,
-    batches: Iterator[tuple[Mapping[str, Tensor], Tensor]],
+    batches: Iterator[tuple[Mapping[str, Tensor], Tensor, Tensor]],
     tokens: ModalityTokens,
     *,
     spill: bool = False,
@@ -160,8 +166,8 @@ def capture_block_inputs(
 
     Args:
         model: unquantized, in evaluation mode.
-        batches: the processor's outputs (all of them, padded, with input_ids and attention_mask), and bool [batch],
-            the samples held back.
+        batches: the processor's outputs (all of them, padded, with input_ids and attention_mask); bool [batch], the
+            samples held back; and bool [batch, tokens], the answers.
         tokens: the model's placeholder tokens.
         spill: keep hidden states in a temporary folder instead of memory.
 
@@ -173,7 +179,7 @@ def capture_block_inputs(
     outputs: dict[str, Any] = {}
     captured: list[BlockBatch] = []
     hidden = HiddenStates(spill)
-    for inputs, held_back in batches:
+    for inputs, held_back, answers in batches:
         if "input_ids" not in inputs:
             raise DataError(f"a calibration batch has no input_ids, only {', '.join(inputs)}")
         calls: list[Call] = []
@@ -183,7 +189,7 @@ def capture_block_inputs(
             raise ModelError(f"the decoder made {len(calls)} block calls for its {len(blocks)} blocks")
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-        captured.append(BlockBatch(_share(calls), modality_ids(ids, tokens), mask, held_back))
+        captured.append(BlockBatch(_share(calls), modality_ids(ids, tokens), mask, held_back, answers))
         hidden.append(outputs["hidden"])
     if not captured:
         raise DataError("no samples: calibration needs at least one")

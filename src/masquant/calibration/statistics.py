@@ -23,11 +23,13 @@ class Moments:
 
     Attributes:
         absmax: [modalities, in], float32.
+        magnitude: [modalities, in], sum of |x|, float64.
         counts: [modalities], tokens.
-        moment: [modalities, in, in], sum of x x^T, or None.
+        moment: [modalities, in, in], sum of w x x^T with each token's weight w, or None.
     """
 
     absmax: Tensor
+    magnitude: Tensor
     counts: Tensor
     moment: Tensor | None
 
@@ -38,20 +40,29 @@ class Moments:
         moment = torch.zeros(modalities, features, features, dtype=dtype, device=device) if with_moment else None
         return cls(
             torch.zeros(modalities, features, device=device),
+            torch.zeros(modalities, features, dtype=torch.float64, device=device),
             torch.zeros(modalities, dtype=torch.int64, device=device),
             moment,
         )
 
-    def update(self, m: int, x: Tensor) -> None:
-        """Add tokens x, float32 [tokens, in], of modality number m."""
-        self.absmax[m] = torch.maximum(self.absmax[m], x.abs().amax(0))
+    def update(self, m: int, x: Tensor, weights: Tensor) -> None:
+        """Add tokens x, float32 [tokens, in], of modality number m, with weights [tokens]."""
+        magnitude = x.abs()
+        self.absmax[m] = torch.maximum(self.absmax[m], magnitude.amax(0))
+        self.magnitude[m] += magnitude.sum(0, dtype=torch.float64)
         self.counts[m] += len(x)
         if self.moment is not None:
-            self.moment[m] += (x.t() @ x).to(self.moment.dtype)
+            self.moment[m] += ((x * weights[:, None]).t() @ x).to(self.moment.dtype)
 
     def __add__(self, other: Moments) -> Moments:
         moment = None if self.moment is None or other.moment is None else self.moment + other.moment
-        return Moments(torch.maximum(self.absmax, other.absmax), self.counts + other.counts, moment)
+        absmax = torch.maximum(self.absmax, other.absmax)
+        return Moments(absmax, self.magnitude + other.magnitude, self.counts + other.counts, moment)
+
+    @property
+    def mean_magnitude(self) -> Tensor:
+        """Mean of |x| over all tokens, float32 [in]."""
+        return (self.magnitude.sum(0) / self.counts.sum().clamp_min(1)).float()
 
 
 @dataclass
@@ -62,11 +73,13 @@ class GroupStatistics:
         fitting: over the samples that candidates are solved on.
         deciding: over the samples held back.
         held: per modality, tokens of the samples held back, float32 [tokens, in].
+        held_weights: their weights [tokens].
     """
 
     fitting: Moments
     deciding: Moments
     held: list[Tensor]
+    held_weights: list[Tensor]
 
     @classmethod
     def empty(cls, modalities: int, features: int, device: torch.device, with_moment: bool = True) -> GroupStatistics:
@@ -75,20 +88,26 @@ class GroupStatistics:
             Moments.empty(modalities, features, device, with_moment),
             Moments.empty(modalities, features, device, with_moment),
             [torch.zeros(0, features, device=device) for _ in range(modalities)],
+            [torch.zeros(0, device=device) for _ in range(modalities)],
         )
 
-    def update(self, x: Tensor, ids: Tensor, held: Tensor) -> None:
-        """Add tokens x [tokens, in] with modality ids [tokens]; `held` [tokens] marks those held back."""
+    def update(self, x: Tensor, ids: Tensor, held: Tensor, weights: Tensor | None = None) -> None:
+        """Add tokens x [tokens, in] with modality ids [tokens]; `held` [tokens] marks those held back.
+
+        `weights` [tokens] says how much each counts; default ones.
+        """
         x = x.float()
+        weights = x.new_ones(len(x)) if weights is None else weights
         for m in range(len(self.held)):
             own = ids == m
-            fitting, deciding = x[own & ~held], x[own & held]
-            if len(fitting):
-                self.fitting.update(m, fitting)
-            if len(deciding):
-                self.deciding.update(m, deciding)
+            fitting, deciding = own & ~held, own & held
+            if bool(fitting.any()):
+                self.fitting.update(m, x[fitting], weights[fitting])
+            if bool(deciding.any()):
+                self.deciding.update(m, x[deciding], weights[deciding])
                 room = max(HELD_TOKENS - len(self.held[m]), 0)
-                self.held[m] = torch.cat((self.held[m], deciding[:room]))
+                self.held[m] = torch.cat((self.held[m], x[deciding][:room]))
+                self.held_weights[m] = torch.cat((self.held_weights[m], weights[deciding][:room]))
 
     def merged(self) -> Moments:
         """Statistics over all samples."""
@@ -102,6 +121,7 @@ def collect_statistics(
     forward: Callable[[int], None],
     modalities: int,
     with_moment: bool = True,
+    weights: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> dict[str, GroupStatistics]:
     """Statistics of every group's input while `forward(i)` runs the block on batch i.
 
@@ -112,26 +132,28 @@ def collect_statistics(
         forward: runs the block.
         modalities: how many the model has.
         with_moment: collect second moments too.
+        weights: per group and batch, the tokens' weights [batch, tokens]; default ones.
     """
     statistics: dict[str, GroupStatistics] = {}
-    current: list[tuple[Tensor, Tensor, Tensor]] = []
+    current = [0]
 
     def hook(group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
-            ids, mask, held_back = (t.to(x.device) for t in current[0])
+            ids, mask, held_back = (t.to(x.device) for t in batches[current[0]])
             held = held_back[:, None].expand_as(mask)
             if group not in statistics:
                 statistics[group] = GroupStatistics.empty(modalities, x.shape[-1], x.device, with_moment)
             x = x.reshape(*mask.shape, x.shape[-1])
-            statistics[group].update(x[mask], ids[mask], held[mask])
+            weight = weights[group][current[0]].to(x.device)[mask] if weights else None
+            statistics[group].update(x[mask], ids[mask], held[mask], weight)
 
         return observe
 
     handles = [block.get_submodule(name).register_forward_pre_hook(hook(group)) for group, name in leaders.items()]
     try:
-        for i, batch in enumerate(batches):
-            current[:] = [batch]
+        for i in range(len(batches)):
+            current[0] = i
             forward(i)
     finally:
         for handle in handles:

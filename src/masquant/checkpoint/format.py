@@ -8,20 +8,23 @@ decoder ("layers.3.mlp.down_proj", "3.down"), because module paths above it diff
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..compensation import FACTOR_DTYPE
+from ..compensation import ALL_TOKENS, FACTOR_DTYPE
 from ..errors import CheckpointError, RecipeError
 from ..modality import Modality
 from ..models import ModelFamily
 from ..plan import GroupPlan, LinearPlan, site_key
 from ..quantization import PACKED_BITS, SCALE_DTYPE, packed_columns
-from ..recipe import ActivationArgs, WeightArgs
+from ..recipe import GROUP_NAMES, ActivationArgs, WeightArgs
+from ..rotation import Rotations
 from ..runtime.linear import SMOOTH_DTYPE
+from ..strict import from_plain, to_plain
 
 QUANT_METHOD = "masquant"
 FORMAT_VERSION = 1
@@ -31,18 +34,14 @@ _KEYS = {"quant_method", "format_version", "config_groups", "ignore", "modalitie
 
 @dataclass(frozen=True)
 class Site:
-    """What a group has besides its packed weights: own vectors per modality, and patches' ranks."""
+    """What a group has besides packed weights: own vectors per modality, and ranks of patches by modality or "all"."""
 
     has_smooth_scale: bool = False
-    ranks: Mapping[Modality, int] | None = None
-
-    def rank_of(self) -> dict[Modality, int]:
-        """Ranks as a dict."""
-        return dict(self.ranks or {})
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; `parse_site` reads it back."""
-        return {"smooth_scale": self.has_smooth_scale, "rank": {m.value: r for m, r in self.rank_of().items()}}
+        return {"smooth_scale": self.has_smooth_scale, "rank": dict(self.ranks)}
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class CheckpointFormat:
         modalities: text first.
         modality_tokens: per modality, the config fields with its placeholder token ids.
         sites: per "<block>.<group>", what it has beyond the base.
+        rotations: of the model, None if it has none.
     """
 
     weights: tuple[tuple[str, WeightArgs], ...]
@@ -64,9 +64,10 @@ class CheckpointFormat:
     modalities: tuple[Modality, ...]
     modality_tokens: Mapping[Modality, tuple[str, ...]]
     sites: Mapping[str, Site]
+    rotations: Rotations | None = None
 
     def weights_of(self, linear: str) -> WeightArgs:
-        """Grid of the linear `name` inside its block.
+        """Grid of a linear, by its name below the decoder ("layers.3.mlp.down_proj").
 
         Raises:
             CheckpointError: no config group targets it.
@@ -90,11 +91,11 @@ class CheckpointFormat:
             "strategy": "token",
             "dynamic": True,
         }
-        by_grid: dict[WeightArgs, list[str]] = {}
+        by_grid: dict[tuple[bool, WeightArgs], list[str]] = {}
         for target, weights in self.weights:
-            by_grid.setdefault(weights, []).append(target)
+            by_grid.setdefault((_names_a_block(target), weights), []).append(target)
         groups = {}
-        for i, (weights, targets) in enumerate(by_grid.items()):
+        for i, ((_, weights), targets) in enumerate(by_grid.items()):
             entry: dict[str, Any] = {"num_bits": weights.num_bits, "type": "int", "symmetric": True}
             entry["strategy"] = weights.strategy
             if weights.group_size is not None:
@@ -104,6 +105,7 @@ class CheckpointFormat:
                 "weights": entry,
                 "input_activations": activations if self.activations.num_bits < 16 else None,
             }
+        rotation = {} if self.rotations is None else {"rotation": to_plain(self.rotations)}
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -112,32 +114,45 @@ class CheckpointFormat:
             "modalities": [m.value for m in self.modalities],
             "modality_tokens": {m.value: list(fields) for m, fields in self.modality_tokens.items()},
             "sites": {key: site.to_dict() for key, site in self.sites.items()},
+            **rotation,
         }
+
+
+def _names_a_block(target: str) -> bool:
+    return "layers\\." in target
+
+
+def _targets(blocks: Sequence[Sequence[GroupPlan]]) -> tuple[tuple[str, WeightArgs], ...]:
+    """Targets with their grids: the linears of single blocks that differ first, then what is usual for each name."""
+    by_name: dict[str, list[tuple[int, WeightArgs]]] = {}
+    for index, groups in enumerate(blocks):
+        for linear in (linear for group in groups for linear in group.linears):
+            by_name.setdefault(linear.name, []).append((index, linear.grid))
+    usual = {name: Counter(grid for _, grid in found).most_common(1)[0][0] for name, found in by_name.items()}
+    special = tuple(
+        (f"re:.*layers\\.{index}\\.{re.escape(name)}$", grid)
+        for name, found in by_name.items()
+        for index, grid in found
+        if grid != usual[name]
+    )
+    if len(set(usual.values())) == 1:
+        return (*special, ("Linear", next(iter(usual.values()))))
+    return (*special, *((f"re:.*{re.escape(name)}$", grid) for name, grid in usual.items()))
 
 
 def make_format(
     family: ModelFamily,
     blocks: Sequence[Sequence[GroupPlan]],
-    weights: WeightArgs,
     activations: ActivationArgs,
     ignore: Sequence[str],
     sites: Mapping[str, Site],
+    rotations: Rotations | None,
 ) -> CheckpointFormat:
-    """Format of a quantized model; one config group per group size that occurs."""
-    sizes: dict[str, int | None] = {
-        linear.name: linear.group_size for groups in blocks for group in groups for linear in group.linears
-    }
-    grids: tuple[tuple[str, WeightArgs], ...]
-    if len(set(sizes.values())) == 1:
-        grids = (("Linear", WeightArgs(weights.num_bits, weights.strategy, next(iter(sizes.values())))),)
-    else:
-        grids = tuple(
-            (f"re:.*{re.escape(name)}$", WeightArgs(weights.num_bits, weights.strategy, size))
-            for name, size in sizes.items()
-        )
+    """Format of a quantized model; one config group per grid that occurs."""
+    grids = _targets(blocks)
     kept = ("lm_head", *(f"re:.*{encoder}.*" for encoder in family.encoders))
     return CheckpointFormat(
-        grids, activations, (*kept, *ignore), family.modalities, dict(family.modality_tokens), dict(sites)
+        grids, activations, (*kept, *ignore), family.modalities, dict(family.modality_tokens), dict(sites), rotations
     )
 
 
@@ -201,13 +216,20 @@ def parse_site(key: str, entry: Any, modalities: tuple[Modality, ...]) -> Site:
     _need(isinstance(entry, Mapping) and set(entry) == {"smooth_scale", "rank"}, f"site {key} is malformed")
     _need(isinstance(entry["smooth_scale"], bool), f"site {key}: smooth_scale must be true or false")
     _need(isinstance(entry["rank"], Mapping), f"site {key}: rank must be a mapping")
-    ranks = {}
     for name, rank in entry["rank"].items():
-        modality = _modality(name)
-        _need(modality in modalities[1:], f"site {key}: a patch for {name}, which is no other modality of this model")
+        known = name == ALL_TOKENS or _modality(name) in modalities[1:]
+        _need(known, f"site {key}: a patch for {name}, which is no other modality of this model")
         _need(isinstance(rank, int) and not isinstance(rank, bool) and rank > 0, f"site {key}: rank {rank!r}")
-        ranks[modality] = rank
-    return Site(entry["smooth_scale"], ranks)
+    return Site(entry["smooth_scale"], dict(entry["rank"]))
+
+
+def _parse_rotations(entry: Any) -> Rotations:
+    try:
+        rotations = from_plain(Rotations, entry, "rotation")
+    except RecipeError as error:
+        raise CheckpointError(f"quantization_config: {error}") from error
+    _need(rotations.seed >= 0 and set(rotations.groups) <= set(GROUP_NAMES), f"rotation {entry!r} is malformed")
+    return rotations
 
 
 def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
@@ -223,7 +245,7 @@ def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
         f"format_version {version!r} is unknown, this masquant reads {FORMAT_VERSION}; install a masquant that "
         "reads it, or quantize again",
     )
-    missing, extra = _KEYS - set(config), set(config) - _KEYS
+    missing, extra = _KEYS - set(config), set(config) - _KEYS - {"rotation"}
     _need(not missing, f"lacks {', '.join(sorted(missing))}")
     _need(not extra, f"has unknown keys {', '.join(sorted(map(str, extra)))}")
     _need(isinstance(config["config_groups"], Mapping) and bool(config["config_groups"]), "config_groups is empty")
@@ -248,20 +270,24 @@ def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
     _need(isinstance(config["sites"], Mapping), "sites must be a mapping")
     sites = {key: parse_site(key, entry, modalities) for key, entry in config["sites"].items()}
     return CheckpointFormat(
-        tuple(weights), activations.pop(), tuple(config["ignore"]), modalities, tokens, sites
-    )  # fmt: skip
+        tuple(weights),
+        activations.pop(),
+        tuple(config["ignore"]),
+        modalities,
+        tokens,
+        sites,
+        _parse_rotations(config["rotation"]) if "rotation" in config else None,
+    )
 
 
 TensorSpec = tuple[tuple[int, ...], torch.dtype | None]
 
 
-def linear_tensors(
-    linear: LinearPlan, is_leader: bool, site: Site, modalities: int, num_bits: int
-) -> dict[str, TensorSpec]:
+def linear_tensors(linear: LinearPlan, is_leader: bool, site: Site, modalities: int) -> dict[str, TensorSpec]:
     """Tensors of one quantized linear: local name -> shape and dtype (None: any floating dtype)."""
     groups = linear.in_features // (linear.group_size or linear.in_features)
     tensors: dict[str, TensorSpec] = {
-        "weight_packed": ((linear.out_features, packed_columns(linear.in_features, num_bits)), torch.int32),
+        "weight_packed": ((linear.out_features, packed_columns(linear.in_features, linear.num_bits)), torch.int32),
         "weight_scale": ((linear.out_features, groups), SCALE_DTYPE),
         "weight_shape": ((2,), torch.int64),
     }
@@ -269,10 +295,10 @@ def linear_tensors(
         tensors["bias"] = ((linear.out_features,), None)
     if is_leader and site.has_smooth_scale:
         tensors["smooth_scale"] = ((modalities, linear.in_features), SMOOTH_DTYPE)
-    for modality, rank in site.rank_of().items():
+    for key, rank in site.ranks.items():
         if is_leader:
-            tensors[f"compensation.{modality.value}.a"] = ((rank, linear.in_features), FACTOR_DTYPE)
-        tensors[f"compensation.{modality.value}.b"] = ((linear.out_features, rank), FACTOR_DTYPE)
+            tensors[f"compensation.{key}.a"] = ((rank, linear.in_features), FACTOR_DTYPE)
+        tensors[f"compensation.{key}.b"] = ((linear.out_features, rank), FACTOR_DTYPE)
     return tensors
 
 
@@ -283,7 +309,6 @@ def expected_tensors(blocks: Sequence[Sequence[GroupPlan]], checkpoint: Checkpoi
         for group in groups:
             site = checkpoint.sites.get(site_key(index, group.name), Site())
             for position, linear in enumerate(group.linears):
-                bits = checkpoint.weights_of(linear.name).num_bits
-                local = linear_tensors(linear, position == 0, site, len(checkpoint.modalities), bits)
+                local = linear_tensors(linear, position == 0, site, len(checkpoint.modalities))
                 tensors.update({f"layers.{index}.{linear.name}.{name}": spec for name, spec in local.items()})
     return tensors

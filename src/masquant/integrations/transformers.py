@@ -25,9 +25,10 @@ from ..checkpoint.format import QUANT_METHOD, CheckpointFormat, Site, TensorSpec
 from ..errors import CheckpointError, ModelError
 from ..modality import ModalityState, attach_routing
 from ..models import decoder_blocks, decoder_of, family_of, modality_tokens_of
-from ..plan import GroupPlan, plan_block, site_key
+from ..plan import GroupPlan, group_rotation, plan_block, site_key
 from ..runtime import MasquantLinear
 from ..runtime.build import replace_group
+from ..runtime.transforms import attach_residual_rotation
 
 _OWN_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "smooth_scale")
 _DTYPES = {"I32": torch.int32, "I64": torch.int64, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -77,6 +78,7 @@ class MasquantQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_loaded(model)
         attach_routing(model, decoder_of(model), state_of(model))
+        attach_residual_rotation(decoder_of(model), self.format.rotations)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -114,22 +116,20 @@ def build_quantized_shell(
             f"{[m.value for m in family.modalities]}"
         )
     state = ModalityState(modality_tokens_of(model.config, checkpoint.modalities))
-    names = {linear for group in family.groups for linear in group.linears}
-    weights = {name: checkpoint.weights_of(name) for name in names}
     plans: list[tuple[GroupPlan, ...]] = []
     used: set[str] = set()
     for index, block in enumerate(decoder_blocks(model)):
-        groups = plan_block(block, index, family, checkpoint.ignore, weights)
+        groups = plan_block(block, index, family, checkpoint.ignore, checkpoint.weights_of)
         for group in groups:
             site = checkpoint.sites.get(site_key(index, group.name), Site())
             used.add(site_key(index, group.name))
             replace_group(
                 block,
                 group,
-                num_bits={name: grid.num_bits for name, grid in weights.items()},
                 activation_bits=checkpoint.activations.num_bits,
                 has_smooth_scale=site.has_smooth_scale,
-                ranks=site.rank_of(),
+                ranks=site.ranks,
+                rotation=group_rotation(group, checkpoint.rotations),
                 state=state,
                 dtype=dtype,
                 device="meta",
@@ -223,7 +223,7 @@ def check_loaded(model: nn.Module) -> None:
     """Check the values that a run relies on.
 
     Raises:
-        CheckpointError: a scale that is not finite and positive, a stored shape that differs, or a vector for text
+        CheckpointError: a scale that is zero or not finite, a stored shape that differs, or a vector for text
             that is not folded.
     """
     for name, module in quantized_linears(model).items():
@@ -234,7 +234,8 @@ def check_loaded(model: nn.Module) -> None:
                 f"{name}.weight_shape says {module.weight_shape.tolist()}, the model needs "
                 f"{[module.out_features, module.in_features]}"
             )
-        _positive(f"{name}.weight_scale", module.weight_scale)
+        if not bool(((module.weight_scale != 0) & module.weight_scale.isfinite()).all()):
+            raise CheckpointError(f"{name}.weight_scale holds values that are zero or not finite")
         if module.smooth_scale is not None:
             _positive(f"{name}.smooth_scale", module.smooth_scale)
             if not bool((module.smooth_scale[0] == 1).all()):

@@ -20,19 +20,21 @@ class LinearGroup:
         fold_into: module whose output feeds the group and takes text's smoothing vector, so that text pays nothing.
         fold_kind: `norm` divides the norm's weight; `rows` divides the rows (and bias) of a linear; `heads` likewise
             where each of its heads feeds several query heads (grouped-query attention).
+        writes_residual: whether its outputs are added to the residual stream (which `norm` groups read).
     """
 
     name: str
     linears: tuple[str, ...]
     fold_into: str
     fold_kind: Literal["norm", "rows", "heads"]
+    writes_residual: bool = False
 
 
 LLAMA_GROUPS = (
     LinearGroup("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "norm"),
-    LinearGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
+    LinearGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads", writes_residual=True),
     LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "norm"),
-    LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows"),
+    LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows", writes_residual=True),
 )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grids import qmax
+from .grids import limits
 
 _BLOCK = 64
 
@@ -70,7 +70,12 @@ def factorize(hessian: Tensor, damping: float = 0.01) -> GptqFactor:
 
 
 def round_gptq(
-    weight: Tensor, scale: Tensor, factor: GptqFactor, num_bits: int, smooth: Tensor | None = None
+    weight: Tensor,
+    scale: Tensor,
+    factor: GptqFactor,
+    num_bits: int,
+    smooth: Tensor | None = None,
+    full_range: bool = False,
 ) -> Tensor:
     """Integers q, int8 [out, in], that keep tr((B - W) H (B - W)^T) small, B = q * scale / smooth.
 
@@ -82,8 +87,9 @@ def round_gptq(
         factor: of the Hessian of W's own inputs.
         num_bits: of the grid.
         smooth: [in], divisor of the inputs that the integers will meet; default ones.
+        full_range: allow the grid's one integer more.
     """
-    limit = float(qmax(num_bits))
+    low, high = limits(num_bits, full_range)
     order, upper = factor.order, factor.upper
     w = weight.float().t()[order].contiguous()  # [in, out]: a column of the weight is contiguous
     step = scale.float().t().repeat_interleave(weight.shape[1] // scale.shape[1], 0)
@@ -95,7 +101,7 @@ def round_gptq(
         end = min(start + _BLOCK, len(w))
         errors = torch.empty_like(w[start:end])
         for i in range(start, end):
-            q[i] = (w[i] / step[i]).round_().clamp_(-limit, limit)
+            q[i] = (w[i] / step[i]).round_().clamp_(low, high)
             errors[i - start] = (w[i] - q[i] * step[i]) / upper[i, i]
             w[i + 1 : end].addr_(upper[i, i + 1 : end], errors[i - start], alpha=-1)
         w[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)

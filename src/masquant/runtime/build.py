@@ -9,8 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..modality import Modality, ModalityState
+from ..modality import ModalityState
 from ..plan import GroupPlan
+from ..rotation import Rotation
 from .linear import Compensation, GroupInput, LinearSpec, MasquantLinear
 
 
@@ -18,10 +19,10 @@ def replace_group(
     block: nn.Module,
     group: GroupPlan,
     *,
-    num_bits: Mapping[str, int],
     activation_bits: int,
     has_smooth_scale: bool,
-    ranks: Mapping[Modality, int],
+    ranks: Mapping[str, int],
+    rotation: Rotation | None,
     state: ModalityState,
     dtype: torch.dtype,
     device: torch.device | str | None,
@@ -34,11 +35,12 @@ def replace_group(
             linear.in_features,
             linear.out_features,
             linear.has_bias,
-            num_bits[linear.name],
+            linear.num_bits,
             linear.group_size,
             activation_bits,
             has_smooth_scale,
             dict(ranks),
+            rotation,
             dtype,
         )
         module = MasquantLinear(spec, state, shared, device)
@@ -54,7 +56,7 @@ def fill_group(
     weight_scale: Tensor,
     bias: Tensor | None,
     smooth_scale: Tensor | None,
-    patches: Mapping[Modality, tuple[Tensor, Tensor]],
+    patches: Mapping[str, tuple[Tensor, Tensor]],
 ) -> None:
     """Copy a group's tensors, rows of all its linears one below the other, into its modules."""
     start = 0
@@ -69,8 +71,8 @@ def fill_group(
         if module.smooth_scale is not None:
             assert smooth_scale is not None
             module.smooth_scale.copy_(smooth_scale)
-        for modality, (a, b) in patches.items():
-            factors = cast(Compensation, module.compensation[modality.value])
+        for key, (a, b) in patches.items():
+            factors = cast(Compensation, module.compensation[key])
             factors.b.copy_(b[rows])
             if factors.a is not None:
                 factors.a.copy_(a)

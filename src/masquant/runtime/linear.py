@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..compensation import FACTOR_DTYPE
+from ..compensation import ALL_TOKENS, FACTOR_DTYPE
 from ..errors import ModelError
 from ..modality import Modality, ModalityState
 from ..quantization import SCALE_DTYPE, dequantize_weight, packed_columns, unpack
+from ..rotation import Rotation
 from . import ops
 
 SMOOTH_DTYPE = torch.bfloat16
@@ -28,7 +29,8 @@ class LinearSpec:
         group_size: inputs per weight scale, None for one scale per row.
         activation_bits: 6, 8 or 16.
         has_smooth_scale: whether the group has vectors that differ between modalities.
-        ranks: rank of each modality's patch.
+        ranks: rank of each patch, by modality, or "all" for one patch of all tokens.
+        rotation: of the group's input.
         dtype: of the bias (and of the model).
     """
 
@@ -39,7 +41,8 @@ class LinearSpec:
     group_size: int | None
     activation_bits: int
     has_smooth_scale: bool
-    ranks: Mapping[Modality, int]
+    ranks: Mapping[str, int]
+    rotation: Rotation | None
     dtype: torch.dtype
 
     @property
@@ -56,7 +59,7 @@ class PreparedInput:
     q: Tensor
     scale: Tensor
     projected: tuple[Tensor, ...]
-    patched: tuple[Modality, ...]
+    patched: tuple[str, ...]
 
 
 class GroupInput:
@@ -89,7 +92,7 @@ class GroupInput:
 
 
 class Compensation(nn.Module):
-    """Patch factors of one linear and modality: `b`, and `a` on the group's leader."""
+    """Factors of one linear's patch: `b`, and `a` on the group's leader."""
 
     a: Tensor | None
     b: Tensor
@@ -141,17 +144,16 @@ class MasquantLinear(nn.Module):
         self.register_buffer("smooth_scale", smooth)
         self.compensation = nn.ModuleDict(
             {
-                modality.value: Compensation(
-                    rank, spec.in_features if self.is_leader else None, spec.out_features, device
-                )
-                for modality, rank in spec.ranks.items()
+                key: Compensation(rank, spec.in_features if self.is_leader else None, spec.out_features, device)
+                for key, rank in spec.ranks.items()
             }
         )
 
     def extra_repr(self) -> str:
         s = self.spec
         grid = f"W{s.num_bits}A{s.activation_bits}, group_size={s.group_size or 'channel'}"
-        return f"in_features={s.in_features}, out_features={s.out_features}, {grid}"
+        rotated = ", rotated input" if s.rotation else ""
+        return f"in_features={s.in_features}, out_features={s.out_features}, {grid}{rotated}"
 
     def dequantize(self) -> Tensor:
         """The smoothed weight as stored, float32 [out, in]."""
@@ -164,16 +166,18 @@ class MasquantLinear(nn.Module):
         leader = self.group.leader[0]
         rows = self.state.rows_for(x)
         flat = x.reshape(-1, self.in_features)
+        if self.spec.rotation is not None:
+            flat = self.spec.rotation.apply(flat)
         smooth = leader.smooth_scale if rows is not None else None  # text's vector is folded: row 0 is ones
         q, scale = torch.ops.masquant.quantize_input(flat, rows, smooth, self.spec.activation_bits)
-        patched: list[Modality] = []
+        patched: list[str] = []
         projected: list[Tensor] = []
-        if rows is not None:
-            for name, factors in leader.compensation.items():
-                modality = Modality(name)
-                row = self.state.tokens.index(modality)
-                patched.append(modality)
-                projected.append(torch.ops.masquant.project_input(flat, rows, smooth, factors.a, row))
+        for name, factors in leader.compensation.items():
+            if name != ALL_TOKENS and rows is None:
+                continue
+            row = -1 if name == ALL_TOKENS else self.state.tokens.index(Modality(name))
+            patched.append(name)
+            projected.append(torch.ops.masquant.project_input(flat, rows, smooth, factors.a, row))
         return PreparedInput(x, q, scale, tuple(projected), tuple(patched))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,7 +193,7 @@ class MasquantLinear(nn.Module):
             self.group.leave(prepared)
         else:
             prepared = self.group.take(x) or self._prepare(x)
-        b = [self.compensation[modality.value].b for modality in prepared.patched]
+        b = [self.compensation[key].b for key in prepared.patched]
         y = torch.ops.masquant.linear(
             prepared.q,
             prepared.scale,

@@ -61,18 +61,21 @@ def _(x: Tensor, rows: Tensor | None, smooth_scale: Tensor | None, num_bits: int
 
 
 @torch.library.custom_op("masquant::project_input", mutates_args=())
-def project_input(x: Tensor, rows: Tensor, smooth_scale: Tensor | None, a: Tensor, row: int) -> Tensor:
+def project_input(x: Tensor, rows: Tensor | None, smooth_scale: Tensor | None, a: Tensor, row: int) -> Tensor:
     """First half of a patch: (x / smooth_scale[row]) a^T, float32 [tokens, rank]; zero for other modalities' tokens.
 
     The patch reads the input before it is quantized (arXiv 2603.04800, Eq. 29).
 
     Args:
         x: [tokens, in].
-        rows: uint8 [tokens].
+        rows: uint8 [tokens]; None if all tokens are text.
         smooth_scale: [modalities, in], or None.
         a: [rank, in].
-        row: the patch's modality.
+        row: the patch's modality; -1 for every token.
     """
+    if row < 0:
+        return _smoothed(x, rows, smooth_scale) @ a.float().t()
+    assert rows is not None
     projected = torch.zeros(len(x), len(a), dtype=torch.float32, device=x.device)
     chosen = (rows == row).nonzero().squeeze(1)
     if len(chosen):
@@ -84,7 +87,7 @@ def project_input(x: Tensor, rows: Tensor, smooth_scale: Tensor | None, a: Tenso
 
 
 @project_input.register_fake
-def _(x: Tensor, rows: Tensor, smooth_scale: Tensor | None, a: Tensor, row: int) -> Tensor:
+def _(x: Tensor, rows: Tensor | None, smooth_scale: Tensor | None, a: Tensor, row: int) -> Tensor:
     return x.new_empty((x.shape[0], a.shape[0]), dtype=torch.float32)
 
 

@@ -39,6 +39,18 @@ def smooth_scale(absmax: Tensor, weight_absmax: Tensor, strength: float) -> Tens
     return torch.where(alive, log.exp(), 1.0)
 
 
+def awq_scale(magnitude: Tensor, strength: float) -> Tensor:
+    """AWQ's divisor (arXiv 2306.00978, Eq. 4) of an input with mean magnitudes [in]: magnitude ^ strength.
+
+    Scaled so that the largest and the smallest have a product of 1, as its authors do; a channel that is never active
+    keeps 1.
+    """
+    alive = magnitude > 0
+    scale = torch.where(alive, magnitude.float().clamp_min(_FLOOR) ** strength, 1.0)
+    lively = scale[alive] if bool(alive.any()) else scale
+    return torch.where(alive, scale / (lively.max() * lively.min()).sqrt(), 1.0)
+
+
 def spread_scale(shared: Tensor, own: Tensor, spread: float) -> Tensor:
     """Vectors between the shared one [in] (spread 0) and each modality's own [modalities, in] (spread 1)."""
     return shared * (own / shared) ** spread

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much the answers depend on each token's output of each linear group.
+
+Moving a linear's output at token t by d changes the answers' distribution by KL = 1/2 d^T F d, with the Fisher matrix
+F = E[g g^T] over the model's own distribution. ||g_t||^2 averaged over random g is its trace: the weight of the token
+in a quadratic loss of that linear. g is the gradient of z^T logits at the answer tokens, z ~ N(0, diag(p) - p p^T),
+p the model's own probabilities: no label is needed, and one backward pass serves all answer tokens of a sample.
+
+Two passes over the blocks, one block in memory at a time: forward, keeping every block's input; then backwards, each
+block run once more with gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import ModelError
+from ..models import LinearGroup, decoder_blocks, decoder_of
+from ..progress import AbstractProgress
+from .block_inputs import BlockInputs
+
+
+@dataclass(frozen=True)
+class TokenGradients:
+    """Squared gradient norms.
+
+    Attributes:
+        squared: per block and group name, per batch float32 [batch, tokens]; zero at padding.
+    """
+
+    squared: Sequence[Mapping[str, Sequence[Tensor]]]
+
+    def weights(self, block: int, masks: Sequence[Tensor], floor: float) -> dict[str, list[Tensor]]:
+        """Per group and batch, the tokens' weights [batch, tokens], of mean 1: floor + (1 - floor) g / mean(g)."""
+        result = {}
+        for group, batches in self.squared[block].items():
+            total = sum(float(g[m].sum()) for g, m in zip(batches, masks, strict=True))
+            count = sum(int(m.sum()) for m in masks)
+            scale = (1 - floor) * count / total if total > 0 else 0.0
+            result[group] = [scale * g + (floor if total > 0 else 1.0) for g in batches]
+        return result
+
+    def modality_means(
+        self, block: int, group: str, ids: Sequence[Tensor], masks: Sequence[Tensor], modalities: int
+    ) -> list[float]:
+        """Mean gradient norm at each modality's tokens (MBQ, arXiv 2412.19509, Eq. 8), the largest scaled to 1."""
+        norms = torch.cat([g[m].sqrt() for g, m in zip(self.squared[block][group], masks, strict=True)])
+        rows = torch.cat([i[m] for i, m in zip(ids, masks, strict=True)])
+        means = [float(norms[rows == m].mean()) if bool((rows == m).any()) else 0.0 for m in range(modalities)]
+        largest = max(means)
+        return [max(mean / largest, 1e-3) if largest > 0 else 1.0 for mean in means]
+
+
+def _float_copy(block: nn.Module, device: torch.device) -> nn.Module:
+    return copy.deepcopy(block).float().to(device).requires_grad_(False)
+
+
+def _logit_directions(
+    model: PreTrainedModel, hidden: Tensor, answers: Tensor, samples: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Gradients of z^T logits [batch, tokens, features] at the last block's output, for `samples` random z."""
+    positions = answers[:, 1:].to(hidden.device)
+    norm, head = cast(nn.Module, decoder_of(model).norm), model.get_output_embeddings()
+    leaf = hidden.detach().float()[:, :-1][positions].requires_grad_(True)
+    weight = cast(Tensor, head.weight)
+    with torch.enable_grad():
+        logits = head(norm(leaf).to(weight.dtype)).float()
+        probabilities = logits.detach().softmax(-1)
+        directions = []
+        for k in range(samples):
+            noise = torch.randn(probabilities.shape, generator=generator).to(hidden.device) * probabilities.sqrt()
+            z = noise - probabilities * noise.sum(-1, keepdim=True)
+            (gradient,) = torch.autograd.grad(logits, leaf, z, retain_graph=k + 1 < samples)
+            full = torch.zeros(hidden.shape, device=hidden.device)
+            full[:, :-1][positions] = gradient
+            directions.append(full)
+    return directions
+
+
+def _block_gradients(
+    block: nn.Module,
+    groups: Sequence[LinearGroup],
+    run: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    directions: list[Tensor],
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Directions at the block's input, and squared gradient norms per group [batch, tokens]."""
+    outputs: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+
+    def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _args, output: outputs[name].append(output)
+
+    handles = [
+        block.get_submodule(linear).register_forward_hook(keep(group.name))
+        for group in groups
+        for linear in group.linears
+    ]
+    leaf = hidden.detach().float().requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            output = run(leaf)
+    finally:
+        for handle in handles:
+            handle.remove()
+    flat = [(name, y) for name, ys in outputs.items() for y in ys]
+    squared = {group.name: torch.zeros(hidden.shape[:2], device=hidden.device) for group in groups}
+    earlier = []
+    for k, direction in enumerate(directions):
+        found = torch.autograd.grad(
+            output, [leaf, *(y for _, y in flat)], direction, retain_graph=k + 1 < len(directions)
+        )
+        earlier.append(found[0])
+        for (name, _), gradient in zip(flat, found[1:], strict=True):
+            squared[name] += gradient.square().sum(-1).reshape(hidden.shape[:2]) / len(directions)
+    return earlier, squared
+
+
+@torch.no_grad()
+def token_gradients(
+    model: PreTrainedModel,
+    groups: Sequence[LinearGroup],
+    inputs: BlockInputs,
+    *,
+    samples: int,
+    seed: int,
+    device: torch.device,
+    progress: AbstractProgress,
+) -> TokenGradients:
+    """Measure every linear group of every block, on the float model.
+
+    Args:
+        model: in floating point.
+        groups: of its blocks.
+        inputs: captured; its hidden states are those before the first block, and stay.
+        samples: random directions per batch.
+        seed: of the directions.
+        device: where blocks run.
+        progress: receives the batches.
+
+    Raises:
+        ModelError: the gradients are not finite.
+    """
+    blocks = decoder_blocks(model)
+    squared: list[dict[str, list[Tensor]]] = [{group.name: [] for group in groups} for _ in blocks]
+    generator = torch.Generator().manual_seed(seed)
+    indices = range(len(inputs.batches))
+    for i in progress.track(indices, "measuring gradients", len(indices), "batch"):
+        states = [inputs.hidden[i].to(device)]
+        for index, block in enumerate(blocks):
+            states.append(inputs.run(_float_copy(block, device), index, i, states[-1], device))
+        directions = _logit_directions(model, states.pop(), inputs.batches[i].answers, samples, generator)
+        for index in reversed(range(len(blocks))):
+            block = _float_copy(blocks[index], device)
+            hidden = states.pop()
+
+            def run(x: Tensor, block: nn.Module = block, index: int = index, i: int = i) -> Tensor:
+                return inputs.run(block, index, i, x, device)
+
+            directions, found = _block_gradients(block, groups, run, hidden, directions)
+            for name, values in found.items():
+                if not bool(values.isfinite().all()):
+                    raise ModelError(f"layers.{index}: the answers' gradient at {name} is not finite")
+                squared[index][name].append(values.cpu())
+    return TokenGradients(squared)

@@ -1,0 +1,74 @@
+"""Token gradients: equal to plain backpropagation through the whole model, and of the promised mean."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_model, tiny_processor, tiny_samples
+from torch import Tensor
+
+import masquant
+from masquant.calibration.block_inputs import capture_block_inputs
+from masquant.calibration.encoding import SampleEncoder
+from masquant.calibration.gradients import TokenGradients, token_gradients
+from masquant.models import decoder_blocks, family_of, modality_tokens_of
+from masquant.progress import NoProgress
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_by_block_is_backpropagation_through_the_model(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    samples = masquant.load_samples(tiny_samples(family, tmp_path, count=4))
+    batch = next(iter(SampleEncoder(tiny_processor(family)).batches(samples, 4)))
+    held = torch.zeros(4, dtype=torch.bool)
+    inputs = capture_block_inputs(
+        model, iter([(batch.inputs, held, batch.answer_mask)]), modality_tokens_of(model.config)
+    )
+    groups, trainable = family_of(model.config).groups, [p.requires_grad for p in model.parameters()]
+    found = token_gradients(
+        model, groups, inputs, samples=2, seed=3, device=torch.device("cpu"), progress=NoProgress()
+    )
+
+    outputs: dict[tuple[int, str], list[Tensor]] = {}
+    for index, block in enumerate(decoder_blocks(model)):
+        for group in groups:
+            for linear in group.linears:
+                block.get_submodule(linear).register_forward_hook(
+                    lambda _m, _a, y, key=(index, group.name): outputs.setdefault(key, []).append(y)
+                )
+    logits = model(**batch.inputs, use_cache=False).logits[:, :-1][batch.answer_mask[:, 1:]].float()
+    p = logits.detach().softmax(-1)
+    generator = torch.Generator().manual_seed(3)
+    wanted = {key: torch.zeros(batch.answer_mask.shape) for key in outputs}
+    for _ in range(2):
+        noise = torch.randn(p.shape, generator=generator) * p.sqrt()
+        z = noise - p * noise.sum(-1, keepdim=True)
+        flat = [(key, y) for key, ys in outputs.items() for y in ys]
+        for (key, _), g in zip(flat, torch.autograd.grad((logits * z).sum(), [y for _, y in flat], retain_graph=True)):
+            wanted[key] += g.square().sum(-1).reshape(wanted[key].shape) / 2
+    for (index, name), value in wanted.items():
+        torch.testing.assert_close(found.squared[index][name][0], value, rtol=1e-3, atol=1e-9)
+    assert [p.requires_grad for p in model.parameters()] == trainable
+
+
+def test_directions_have_the_softmax_covariance() -> None:
+    """z = e sqrt(p) - p sum(e sqrt(p)) has covariance diag(p) - p p^T."""
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    noise = torch.randn(400_000, 4, dtype=torch.float64) * p.sqrt()
+    z = noise - p * noise.sum(-1, keepdim=True)
+    torch.testing.assert_close(z.t() @ z / len(z), torch.diag(p) - torch.outer(p, p), rtol=0, atol=3e-3)
+
+
+def test_weights_have_mean_one_and_a_floor() -> None:
+    masks = [torch.tensor([[False, True, True]]), torch.tensor([[True, True, True]])]
+    squared = [torch.tensor([[0.0, 3.0, 0.0]]), torch.tensor([[0.0, 1.0, 6.0]])]
+    gradients = TokenGradients([{"o": squared, "dead": [torch.zeros(1, 3)] * 2}])
+    weights = gradients.weights(0, masks, 0.25)
+    chosen = torch.cat([w[m] for w, m in zip(weights["o"], masks, strict=True)])
+    assert float(chosen.mean()) == pytest.approx(1.0) and float(chosen.min()) == 0.25
+    assert float(chosen[0]) == pytest.approx(0.25 + 0.75 * 3 / 2)
+    assert all(bool((w == 1).all()) for w in weights["dead"])
+    ids = [torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 1]])]
+    means = gradients.modality_means(0, "o", ids, masks, 3)
+    text, vision = (3**0.5 + 0) / 2, (0 + 1 + 6**0.5) / 3
+    assert means == pytest.approx([text / vision, 1.0, 1e-3])
