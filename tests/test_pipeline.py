@@ -13,19 +13,28 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import tiny_model, tiny_processor, tiny_samples
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import masquant
 from masquant import pipeline
 from masquant.api import save
 from masquant.calibration.block_inputs import HiddenStates, capture_block_inputs
-from masquant.calibration.encoding import SampleEncoder
+from masquant.calibration.encoding import EncodedBatch, SampleEncoder
 from masquant.calibration.statistics import GroupStatistics
 from masquant.errors import CheckpointError, DataError, ModelError, RecipeError
+from masquant.integrations.transformers import quantized_linears
 from masquant.modality import Modality, modality_ids
 from masquant.models import decoder_blocks, linear_of, modality_tokens_of
-from masquant.recipe import PRESETS, CompensationArgs, LearnedArgs, Recipe, SmoothingArgs
+from masquant.recipe import (
+    PRESETS,
+    BudgetArgs,
+    CompensationArgs,
+    LearnedArgs,
+    Recipe,
+    RefinementArgs,
+    RotationArgs,
+    SmoothingArgs,
+)
 
 FAMILY = "qwen2_5_omni"
 OWN = {"selection": None, "compensation": CompensationArgs(rank=4)}
@@ -256,12 +265,10 @@ def test_learned_smoothing_lowers_the_loss_and_is_kept_only_then(samples: Any) -
     assert len([n for n in report.notes if "did not lower the loss" in n]) == len(undone)
 
 
-def batches_of(samples: Any, size: int) -> list[tuple[dict[str, Tensor], Tensor, Tensor]]:
+def batches_of(samples: Any, size: int) -> list[EncodedBatch]:
     encoder = SampleEncoder(tiny_processor(FAMILY))
     loaded = masquant.load_samples(samples)
-    return [
-        (b.inputs, torch.zeros(len(b.samples), dtype=torch.bool), b.answer_mask) for b in encoder.batches(loaded, size)
-    ]
+    return list(encoder.batches(loaded, size))
 
 
 def test_replay_block_by_block_is_the_models_own_forward(samples: Any) -> None:
@@ -272,7 +279,7 @@ def test_replay_block_by_block_is_the_models_own_forward(samples: Any) -> None:
     inputs = capture_block_inputs(model, iter(batches), tokens)
     blocks = decoder_blocks(model)
     with torch.no_grad():
-        for i, (batch, _, _) in enumerate(batches):
+        for i, batch in enumerate(b.inputs for b in batches):
             hidden = inputs.hidden[i]
             for index, block in enumerate(blocks):
                 hidden = inputs.run(block, index, i, hidden, torch.device("cpu"))
@@ -293,13 +300,14 @@ def decoder_norm(model: PreTrainedModel) -> torch.nn.Module:
 
 def test_capture_restores_the_blocks_after_an_error(samples: Any) -> None:
     model = tiny_model(FAMILY)
-    (batch, held, answers), *_ = batches_of(samples, 4)
+    first, *_ = batches_of(samples, 4)
+    batch = first.inputs
     broken = {k: v for k, v in batch.items() if k != "input_ids"}
     with pytest.raises(DataError, match="has no input_ids"):
-        capture_block_inputs(model, iter([(broken, held, answers)]), modality_tokens_of(model.config))
+        capture_block_inputs(model, [dataclasses.replace(first, inputs=broken)], modality_tokens_of(model.config))
     broken = {**batch, "input_ids": torch.full_like(batch["input_ids"], 10**6)}
     with pytest.raises((IndexError, ValueError)):
-        capture_block_inputs(model, iter([(broken, held, answers)]), modality_tokens_of(model.config))
+        capture_block_inputs(model, [dataclasses.replace(first, inputs=broken)], modality_tokens_of(model.config))
     assert all("forward" not in vars(block) for block in decoder_blocks(model))
 
 
@@ -356,3 +364,58 @@ def test_padding_does_not_reach_the_statistics(samples: Any) -> None:
     for name in found[0]:
         assert torch.equal(found[0][name].counts, found[1][name].counts)
         torch.testing.assert_close(found[0][name].moment, found[1][name].moment, rtol=1e-4, atol=1e-3)
+
+
+def test_a_budget_is_kept_and_its_grids_are_loaded_again(samples: Any, tmp_path: Path) -> None:
+    """Mixed grids: no more bytes than the plain scheme, patches and vectors included, and a round trip."""
+    recipe = dataclasses.replace(Recipe.preset("masquant", "W4A8", 32), budget=BudgetArgs(patches=0.02))
+    model, report = run(samples, recipe)
+    total = sum(report.bytes[key] for key in ("packed", "smooth_scale", "compensation"))
+    plain = run(samples, Recipe.preset("gptq", "W4A8", 32))[1].bytes["packed"]
+    assert 0.9 * plain < total <= plain
+    grids = {(g["num_bits"], g["group_size"]) for b in report.blocks for g in b["groups"]}
+    assert len(grids) > 1
+    save(model, tiny_processor(FAMILY), tmp_path / "out", report)
+    assert same_tensors(masquant.load(tmp_path / "out"), model)
+
+
+def test_refinement_lowers_the_loss_on_samples_that_decide(samples: Any) -> None:
+    plain = dataclasses.replace(Recipe.preset("masquant", "W4A8", 32), budget=None)
+    refined = dataclasses.replace(plain, refinement=RefinementArgs(steps=20, learning_rate=0.05))
+    _, before = run(samples, plain)
+    model, after = run(samples, refined)
+    found = [b["refined"] for b in after.blocks]
+    assert all(f["after"] <= f["before"] for f in found) and any(f["after"] < f["before"] for f in found)
+    assert all("refined" not in b for b in before.blocks)
+    again, _ = run(samples, refined)
+    assert same_tensors(model, again)
+
+
+def test_methods_that_share_a_calibration_get_what_they_get_alone(samples: Any) -> None:
+    shared = pipeline.Calibration(masquant.load_samples(samples), 4)
+    for method in ("gptq", "quarot", "masquant"):
+        recipe = Recipe.preset(method, "W4A8", 32)
+        assert same_tensors(run(shared, recipe)[0], run(samples, recipe)[0]), method
+
+
+def test_without_online_transforms_nothing_runs_with_the_model(samples: Any, tmp_path: Path) -> None:
+    rotation = RotationArgs(online_transforms=False)
+    model, report = run(samples, dataclasses.replace(Recipe.preset("masquant", "W4A8", 32), rotation=rotation))
+    found = report.format.rotations
+    assert found is not None and found.heads and not found.online
+    assert all(module.spec.rotation is None for module in quantized_linears(model).values())
+    assert not decoder_blocks(model)[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("method", ["quarot", "svdquant", "masquant"])
+def test_transforms_and_patches_of_all_tokens_survive_a_round_trip(samples: Any, tmp_path: Path, method: str) -> None:
+    model, report = run(samples, Recipe.preset(method, "W4A8", 32))
+    save(model, tiny_processor(FAMILY), tmp_path / "out", report)
+    again = masquant.load(tmp_path / "out")
+    batch = batches_of(samples, 4)[0].inputs
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+    if method == "svdquant":
+        assert all(set(g["rank"]) == {"all"} for b in report.blocks for g in b["groups"])
+    else:
+        assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["rotation"]["residual"]

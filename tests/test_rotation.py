@@ -1,4 +1,4 @@
-"""Rotations: orthogonal, equal to their matrix, the same on every machine; and a model that does not change by them."""
+"""Rotations: orthogonal, equal to their matrix, the same on every machine; and models that they do not change."""
 
 from pathlib import Path
 

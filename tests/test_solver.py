@@ -152,7 +152,8 @@ def test_hard_statistics(case: str) -> None:
             x[:, 11] = 0
     if case == "many tokens of one":
         data[1] = torch.cat([data[1]] * 50)
-    p = problem(recipe_of(compensation=CompensationArgs(rank=4), selection=SelectionArgs()), data, tokens(3, 40))
+    selection = SelectionArgs(byte_price=0.0)
+    p = problem(recipe_of(compensation=CompensationArgs(rank=4), selection=selection), data, tokens(3, 40))
     s = solve_group(p)
     for tensor in (s.text_scale, s.weight_scale, s.base, *(t for pair in s.patches.values() for t in pair)):
         assert bool(tensor.isfinite().all())

@@ -27,7 +27,7 @@ from .rotation import Rotation, Rotations
 from .runtime.build import fill_group, replace_group
 from .runtime.transforms import attach_input_rotation
 from .smoothing.scales import exact_norm_fold, share_across_query_heads
-from .solver import GroupProblem, GroupSolution, solution_patch_bytes, solve_group
+from .solver import GroupProblem, GroupSolution, added_bytes, solution_patch_bytes, solve_group, vector_bytes
 
 
 def stacked_weight(block: nn.Module, group: GroupPlan) -> Tensor:
@@ -125,6 +125,7 @@ def solve_block(
     config: Any,
     learned: Mapping[str, Tensor],
     modality_weights: Callable[[str], Mapping[Modality, float]],
+    patch_terms: Callable[[str, int], tuple[float | None, int]],
     dtype: torch.dtype,
 ) -> tuple[dict[str, GroupSolution], dict[str, Tensor]]:
     """Solutions per group, and the factor of each linear's rows.
@@ -138,6 +139,8 @@ def solve_block(
         config: the decoder's config (numbers of heads).
         learned: per group, vectors that replace the closed form.
         modality_weights: importance of each modality's error, by group.
+        patch_terms: price and most bytes of what is added to a group's weights, by group and the bytes that this block
+            has added so far (see `GroupProblem`).
         dtype: of the model.
     """
     solutions: dict[str, GroupSolution] = {}
@@ -156,6 +159,7 @@ def solve_block(
             text_realizer(block, group, config, dtype),
             row_fold,
             learned.get(group.name),
+            *patch_terms(group.name, sum(added_bytes(s) for s in solutions.values())),
         )
         solution = solutions[group.name] = solve_group(problem)
         if group.group.fold_kind != "norm":
@@ -222,7 +226,6 @@ def apply_solutions(
 
 def group_record(group: GroupPlan, solution: GroupSolution) -> dict[str, Any]:
     """What report.json says of one group."""
-    vectors = 0 if solution.smooth_scale is None else 2 * solution.smooth_scale.numel()
     return {
         "group": group.name,
         "choice": str(solution.choice),
@@ -233,7 +236,7 @@ def group_record(group: GroupPlan, solution: GroupSolution) -> dict[str, Any]:
         "rank": {key: a.shape[0] for key, (a, _) in solution.patches.items()},
         "bytes": {
             "packed": group.packed_bytes,
-            "smooth_scale": vectors,
+            "smooth_scale": vector_bytes(solution),
             "compensation": solution_patch_bytes(solution),
         },
     }

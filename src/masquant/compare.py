@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +14,10 @@ from transformers import AutoProcessor, PreTrainedModel
 from .api import load_any, resident_bytes
 from .calibration.dataset import Sample
 from .evaluation import Evaluation, ModelDescription, evaluate, score_baseline
-from .pipeline import QuantizationReport, quantize
+from .pipeline import Calibration, QuantizationReport, quantize
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
-from .run import peak_memory
+from .run import peak_memory, reset_peak_memory
 
 
 def describe(model: PreTrainedModel, name: str, scheme: str, num_parameters: int) -> ModelDescription:
@@ -42,7 +42,7 @@ def load_processor(path: str | Path) -> Any:
 
 def compare(
     model: str | Path,
-    methods: Sequence[str],
+    methods: Sequence[str] | Mapping[str, Recipe],
     calibration: Sequence[Sample],
     data: Sequence[Sample],
     *,
@@ -59,10 +59,10 @@ def compare(
 
     Args:
         model: folder or hub id of the float model.
-        methods: names of recipes.
+        methods: names of recipes, or recipes by a name of their own.
         calibration: samples for every method.
         data: samples to measure on.
-        scheme, group_size: for every method.
+        scheme, group_size: for every method given by name.
         batch_size: of the evaluation.
         generate: also decode answers (error rates, exact match), all or those of these sample ids.
         progress: receives what happens.
@@ -74,7 +74,10 @@ def compare(
         "float" first, then the methods in order.
     """
     progress = progress or NoProgress()
-    recipes = {method: Recipe.preset(method, scheme, group_size) for method in methods}
+    if isinstance(methods, Mapping):
+        recipes = dict(methods)
+    else:
+        recipes = {method: Recipe.preset(method, scheme, group_size) for method in methods}
     if fast:
         recipes = {method: recipe.fast() for method, recipe in recipes.items()}
     processor = load_processor(model)
@@ -82,6 +85,7 @@ def compare(
     source = load_any(model, dtype=dtype)
     num_parameters = source.num_parameters()
     results: dict[str, Evaluation] = {}
+    shared = Calibration(calibration)
     with score_baseline(
         source, processor, data, batch_size=batch_size, generate=generate, progress=progress
     ) as baseline:
@@ -89,9 +93,10 @@ def compare(
         del source
         for method, recipe in recipes.items():
             gc.collect()
+            reset_peak_memory()
             start = time.monotonic()
             quantized = load_any(model, dtype=dtype)
-            report = quantize(quantized, processor, calibration, recipe=recipe, progress=progress)
+            report = quantize(quantized, processor, shared, recipe=recipe, progress=progress)
             results[method] = evaluate(
                 quantized,
                 processor,

@@ -18,7 +18,7 @@ from .compare import load_processor
 from .integrations.transformers import quantized_linears, read_headers
 from .modality import ModalityState
 from .models import modality_tokens_of
-from .pipeline import capture
+from .pipeline import Calibration
 from .plan import make_plan
 from .progress import AbstractProgress
 from .recipe import Recipe
@@ -91,7 +91,7 @@ def activation_ranges(
     plan = make_plan(loaded, recipe)
     state = ModalityState(modality_tokens_of(loaded.config))
     samples = load_samples(calibration, limit=limit)
-    inputs = capture(loaded, load_processor(model), samples, recipe, state, batch_size, progress)
+    inputs = Calibration(samples, batch_size).block_inputs(loaded, load_processor(model), progress)
     run = Run(loaded, recipe, plan, state, inputs, loaded.device, [], progress)
     rows = []
     for index in progress.track(range(len(plan.blocks)), "measuring", len(plan.blocks), "block"):

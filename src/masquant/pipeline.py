@@ -9,13 +9,12 @@ weight, patches); fold and put the quantized linears in place; run it again for 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
@@ -29,7 +28,7 @@ from .checkpoint.store import BlockStore, digest, tensor_digest
 from .errors import DataError
 from .integrations.transformers import adopt
 from .modality import Modality, ModalityState, attach_routing
-from .models import ModelFamily, decoder_of, modality_tokens_of
+from .models import decoder_of, family_of, modality_tokens_of
 from .plan import make_plan
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
@@ -82,7 +81,7 @@ class QuantizationReport:
 def quantize(
     model: PreTrainedModel,
     processor: Any,
-    samples: str | Path | Iterable[Mapping[str, Any] | Sample],
+    samples: str | Path | Iterable[Mapping[str, Any] | Sample] | Calibration,
     *,
     scheme: str = "W4A8",
     recipe: Recipe | None = None,
@@ -97,7 +96,8 @@ def quantize(
     Args:
         model: a supported multimodal model in floating point, as transformers loads it.
         processor: its processor.
-        samples: calibration data: a folder with metadata.jsonl, a dataset, or an iterable of samples.
+        samples: calibration data: a folder with metadata.jsonl, a dataset, or an iterable of samples; or a
+            `Calibration` that several recipes of one model share.
         scheme: W8A8, W4A8, W4A6 or W4A16, for the default recipe; ignored if `recipe` is given.
         recipe: what to do; default the `masquant` preset.
         batch_size: samples that run together.
@@ -114,34 +114,41 @@ def quantize(
     recipe = recipe or Recipe.preset("masquant", scheme)
     device = torch.device(device or model.device)
     plan = make_plan(model, recipe)
-    loaded = load_samples(samples)
+    calibration = samples if isinstance(samples, Calibration) else Calibration(load_samples(samples), batch_size)
     model.eval()
     state = ModalityState(modality_tokens_of(model.config))
-    store = open_store(model, recipe, loaded, work_folder, resume) if work_folder else None
-    inputs = capture(model, processor, loaded, recipe, state, batch_size, progress)
-    gradients = measure_gradients(model, recipe, inputs, plan.family, device, progress)
+    store = open_store(model, recipe, calibration.samples, work_folder, resume) if work_folder else None
+    inputs = calibration.block_inputs(model, processor, progress)
+    gradients = calibration.gradients(model, recipe, inputs, device, progress)
     rotate_stream(inputs, recipe, model.get_input_embeddings().embedding_dim)
     counts = modality_counts(inputs, state.tokens.modalities)
     notes = [*plan.notes, *missing_notes(counts)]
     for note in notes:
         progress.note(note)
-    run = Run(model, recipe, plan, state, inputs, device, notes, progress, gradients)
+    held_back = held_back_ids(calibration.samples, recipe.selection.held_back) if recipe.selection else set()
+    if recipe.selection and not held_back:
+        notes.append(
+            "no task has the four calibration samples that holding one back needs: no candidates were compared"
+        )
+        progress.note(notes[-1])
+    run = Run(model, recipe, plan, state, inputs, device, notes, progress, held_back, gradients)
+    run.spend()
     records = [run.block(index, store) for index in progress.track(
         range(len(plan.blocks)), "quantizing", len(plan.blocks), "block"
     )]  # fmt: skip
     checkpoint = make_format(
-        plan.family, plan.blocks, recipe.scheme.input_activations, recipe.ignore, run.sites, recipe.rotations
+        plan.family, run.plan.blocks, recipe.scheme.input_activations, recipe.ignore, run.sites, recipe.rotations
     )
     attach_routing(model, decoder_of(model), state)
     attach_residual_rotation(decoder_of(model), recipe.rotations)
     adopt(model, checkpoint)
-    calibration = {"num_samples": len(loaded), "tokens": {m.value: n for m, n in counts.items()}}
+    used = {"num_samples": len(calibration.samples), "tokens": {m.value: n for m, n in counts.items()}}
     sizes = {key: sum(g["bytes"][key] for r in records for g in r["groups"]) for key in
              ("packed", "smooth_scale", "compensation")}  # fmt: skip
     return QuantizationReport(
         recipe,
         checkpoint,
-        calibration,
+        used,
         records,
         {**sizes, "float_before": plan.float_bytes},
         notes,
@@ -181,56 +188,59 @@ def held_back_ids(samples: Sequence[Sample], share: float) -> set[str]:
     return chosen
 
 
-def capture(
-    model: PreTrainedModel,
-    processor: Any,
-    samples: Sequence[Sample],
-    recipe: Recipe,
-    state: ModalityState,
-    batch_size: int,
-    progress: AbstractProgress,
-) -> BlockInputs:
-    """Run encoders and embeddings on the samples and keep what the decoder's blocks are called with."""
-    if not samples:
-        raise DataError("no samples: calibration needs at least one")
-    held = held_back_ids(samples, recipe.selection.held_back) if recipe.selection else set()
-    encoder = SampleEncoder(processor)
-    total = -(-len(samples) // batch_size)
+class Calibration:
+    """Samples, and what all recipes for one model get from them: the blocks' inputs, captured when first asked for,
+    and the answers' gradients, measured when a recipe first needs them."""
 
-    def batches() -> Iterator[tuple[Mapping[str, Tensor], Tensor, Tensor]]:
-        tracked = progress.track(encoder.batches(samples, batch_size), "reading samples", total, "batch")
-        for batch in tracked:
-            yield batch.inputs, torch.tensor([s.id in held for s in batch.samples]), batch.answer_mask
+    def __init__(self, samples: Sequence[Sample], batch_size: int = 8) -> None:
+        """Take samples.
 
-    size = len(samples) * 2048 * model.get_input_embeddings().embedding_dim * 4
-    return capture_block_inputs(model, batches(), state.tokens, spill=size > SPILL_BYTES)
+        Raises:
+            DataError: there are none.
+        """
+        if not samples:
+            raise DataError("no samples: calibration needs at least one")
+        self.samples, self.batch_size = samples, batch_size
+        self._inputs: BlockInputs | None = None
+        self._gradients: dict[tuple[int, int], TokenGradients] = {}
 
+    def block_inputs(self, model: PreTrainedModel, processor: Any, progress: AbstractProgress) -> BlockInputs:
+        """What the decoder's blocks are called with: encoders and embeddings run on the samples."""
+        if self._inputs is None:
+            total = -(-len(self.samples) // self.batch_size)
+            batches = SampleEncoder(processor).batches(self.samples, self.batch_size)
+            tracked = progress.track(batches, "reading samples", total, "batch")
+            size = len(self.samples) * 2048 * model.get_input_embeddings().embedding_dim * 4
+            tokens = modality_tokens_of(model.config)
+            self._inputs = capture_block_inputs(model, tracked, tokens, spill=size > SPILL_BYTES)
+        return self._inputs.copy()
 
-def measure_gradients(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    inputs: BlockInputs,
-    family: ModelFamily,
-    device: torch.device,
-    progress: AbstractProgress,
-) -> TokenGradients | None:
-    """How much the answers depend on each token, if the recipe asks for it.
+    def gradients(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        inputs: BlockInputs,
+        device: torch.device,
+        progress: AbstractProgress,
+    ) -> TokenGradients | None:
+        """How much the answers depend on each token, if the recipe asks for it.
 
-    Measured before the model is rotated, which leaves the norms of the gradients as they are.
-    """
-    if not recipe.needs_gradients:
-        return None
-    if not any(bool(batch.answers.any()) for batch in inputs.batches):
-        raise DataError("no calibration sample has an answer or a text: nothing to measure gradients of")
-    return token_gradients(
-        model,
-        family.groups,
-        inputs,
-        samples=recipe.gradient.samples,
-        seed=recipe.seed,
-        device=device,
-        progress=progress,
-    )
+        Measured before the model is rotated, which leaves the norms of the gradients as they are.
+
+        Raises:
+            DataError: no sample has an answer or a text.
+        """
+        if not recipe.needs_gradients:
+            return None
+        if not any(bool(batch.answers.any()) for batch in inputs.batches):
+            raise DataError("no calibration sample has an answer or a text: nothing to measure gradients of")
+        key = recipe.gradient.samples, recipe.seed
+        if key not in self._gradients:
+            groups = family_of(model.config).groups
+            self._gradients[key] = token_gradients(
+                model, groups, inputs, samples=key[0], seed=key[1], device=device, progress=progress
+            )
+        return self._gradients[key]
 
 
 def rotate_stream(inputs: BlockInputs, recipe: Recipe, size: int) -> None:

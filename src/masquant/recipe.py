@@ -189,14 +189,59 @@ class GradientArgs:
     Attributes:
         samples: backward passes per calibration sample.
         floor: share of a token's weight that does not depend on its gradient.
+        cap: quantile at which gradients are cut: a few tokens (attention sinks) have gradients thousands of times
+            those of all others, far beyond where a quadratic loss holds.
     """
 
     samples: int = 1
     floor: float = 0.5
+    cap: float = 0.995
 
     def __post_init__(self) -> None:
         _require(self.samples > 0, f"gradient.samples must be positive, got {self.samples}")
         _require(0 <= self.floor <= 1, f"gradient.floor must be in 0..1, got {self.floor}")
+        _require(0 < self.cap <= 1, f"gradient.cap is a quantile in (0, 1], got {self.cap}")
+
+
+@dataclass(frozen=True)
+class RefinementArgs:
+    """Rounding and scales refined by signed gradient on each block's output (`refinement`).
+
+    Attributes:
+        steps: per block, one batch each.
+        learning_rate: of the offsets within the rounding cell, falling linearly to zero.
+        scale_rate: of the scales' logarithms, relative to it.
+        evaluations: how often the loss on the deciding samples is looked at.
+    """
+
+    steps: int = 60
+    learning_rate: float = 0.01
+    scale_rate: float = 0.02
+    evaluations: int = 5
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0 and self.evaluations > 0, "refinement.steps and evaluations must be positive")
+        _require(0 < self.learning_rate < 1, f"refinement.learning_rate must be in (0, 1), got {self.learning_rate}")
+        _require(0 <= self.scale_rate <= 1, f"refinement.scale_rate must be in 0..1, got {self.scale_rate}")
+
+
+@dataclass(frozen=True)
+class BudgetArgs:
+    """One byte budget for the whole decoder, spent where it removes most loss (`allocation`): group sizes, more bits
+    for the linears that need them, and patches.
+
+    Attributes:
+        max_bytes: bytes beyond those of the scheme with its own group size, as a share of them.
+        patches: share of all bytes that is kept for patches; what a patch costs must remove more loss than the last
+            bytes spent on weights.
+    """
+
+    max_bytes: float = 0.0
+    patches: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(-0.2 <= self.max_bytes <= 1, f"budget.max_bytes must be in -0.2..1, got {self.max_bytes}")
+        _require(0 <= self.patches <= 0.5, f"budget.patches must be in 0..0.5, got {self.patches}")
 
 
 @dataclass(frozen=True)
@@ -265,14 +310,20 @@ class SelectionArgs:
         strengths: smoothing strengths tried.
         spreads: distances from the shared vector (0) to each modality's own (1) tried.
         margin: relative gain in error below which the simpler choice is kept.
+        byte_price: relative gain in error that vectors and patches must bring per relative byte. Halving the group
+            size brings about 2: 6 % of bytes, 12 % of the squared error.
+        protect: refuse what makes any modality worse than the simplest choice does.
     """
 
     held_back: float = 0.15
     strengths: tuple[float, ...] = (0.0, 0.35, 0.65)
     spreads: tuple[float, ...] = (0.0, 0.5)
     margin: float = 0.01
+    byte_price: float = 2.0
+    protect: bool = True
 
     def __post_init__(self) -> None:
+        _require(self.byte_price >= 0, f"selection.byte_price must not be negative, got {self.byte_price}")
         _require(0 < self.held_back <= 0.5, f"selection.held_back must be in (0, 0.5], got {self.held_back}")
         _require(bool(self.strengths) and all(0 <= s <= 1 for s in self.strengths), "selection.strengths: 0..1")
         _require(bool(self.spreads) and all(0 <= s <= 1 for s in self.spreads), "selection.spreads: 0..1")
@@ -300,6 +351,8 @@ class Recipe:
     selection: SelectionArgs | None = None
     rotation: RotationArgs | None = None
     gradient: GradientArgs = GradientArgs()
+    budget: BudgetArgs | None = None
+    refinement: RefinementArgs | None = None
     modalities: tuple[Modality, ...] = tuple(Modality)
     modality_weights: Mapping[Modality, float] | Literal["gradient"] = field(
         default_factory=lambda: dict.fromkeys(Modality, 1.0)
@@ -315,6 +368,10 @@ class Recipe:
             missing = [m.value for m in self.modalities if m not in self.modality_weights]
             _require(not missing, f"modality_weights lacks {', '.join(missing)}")
             _require(all(w > 0 for w in self.modality_weights.values()), "modality_weights must be positive")
+        _require(
+            self.budget is None or self.rounding.method == "gptq",
+            "budget needs rounding.method 'gptq': the loss it expects is that of error-compensated rounding",
+        )
         for pattern in self.ignore:
             if pattern.startswith("re:"):
                 try:
@@ -331,7 +388,8 @@ class Recipe:
     @property
     def needs_gradients(self) -> bool:
         """Whether the answers' gradient is needed."""
-        return self.rounding.balance == "gradient" or self.modality_weights == "gradient"
+        by_gradient = self.rounding.balance == "gradient" or self.modality_weights == "gradient"
+        return by_gradient or self.budget is not None
 
     @property
     def rotations(self) -> Rotations | None:
@@ -413,18 +471,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoothquant": {
         "smoothing": SmoothingArgs("shared"),
         "rounding": _NEAREST,
-        "selection": SelectionArgs(strengths=tuple(i / 10 for i in range(10)), margin=0.0),
+        "selection": SelectionArgs(strengths=tuple(i / 10 for i in range(10)), margin=0.0, protect=False),
     },
     "awq": {
         "smoothing": SmoothingArgs("shared", formula="awq"),
         "rounding": RoundingArgs("nearest", balance="token"),
-        "selection": SelectionArgs(strengths=_SEARCHED, margin=0.0),
+        "selection": SelectionArgs(strengths=_SEARCHED, margin=0.0, protect=False),
     },
     "gptq": {"smoothing": SmoothingArgs("none"), "rounding": RoundingArgs("gptq", balance="token")},
     "mbq": {
         "smoothing": SmoothingArgs("shared", formula="awq"),
         "rounding": RoundingArgs("nearest", balance="token"),
-        "selection": SelectionArgs(strengths=_SEARCHED, margin=0.0),
+        "selection": SelectionArgs(strengths=_SEARCHED, margin=0.0, protect=False),
         "modality_weights": "gradient",
     },
     "quarot": {

@@ -6,15 +6,19 @@ from __future__ import annotations
 import platform
 import resource
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .block import apply_solutions, group_record, rotate_block, solve_block, stacked_weight
+from .allocation import Option, allocate, options_of
+from .block import apply_solutions, group_record, rotate_block, solve_block, stacked_fold, stacked_weight
 from .calibration.block_inputs import BlockInputs, HiddenStates
 from .calibration.gradients import TokenGradients
 from .calibration.statistics import GroupStatistics, collect_statistics
@@ -26,17 +30,25 @@ from .models import decoder_blocks, decoder_of, linear_of
 from .plan import GroupPlan, Plan, group_rotation, site_key
 from .progress import AbstractProgress
 from .recipe import Recipe
+from .refinement import refine_block
 from .runtime import MasquantLinear
 from .runtime.build import replace_group
 from .runtime.linear import Compensation
 from .smoothing.learned import TrialLinear, learn_vectors
 from .smoothing.scales import smooth_scale
+from .solver import GroupSolution, added_bytes
 
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, bytes."""
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def reset_peak_memory() -> None:
+    """Start `peak_memory` anew, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def restore_dtype(block: nn.Module, dtype: torch.dtype) -> None:
@@ -60,9 +72,12 @@ class Run:
     device: torch.device
     notes: list[str]
     progress: AbstractProgress
+    held_back: Collection[str] = ()
     gradients: TokenGradients | None = None
     sites: dict[str, Site] = field(default_factory=dict)
     float_hidden: HiddenStates | None = None
+    price: float = 0.0
+    patch_bytes_left: int = 0
 
     def __post_init__(self) -> None:
         learned = self.recipe.smoothing.learned
@@ -90,9 +105,10 @@ class Run:
         block.to(self.model.device)
         return record
 
-    def prepare(self, index: int) -> nn.Module:
-        """The block on the run's device, in float32 and rotated if the recipe says so."""
-        block = decoder_blocks(self.model)[index].to(self.device).float()
+    def prepare(self, index: int, *, copy: bool = False) -> nn.Module:
+        """The block (or a copy) on the run's device, in float32 and rotated if the recipe says so."""
+        block = decoder_blocks(self.model)[index]
+        block = (deepcopy(block) if copy else block).to(self.device).float()
         if self.recipe.rotations is not None:
             config = decoder_of(self.model).config
             rotate_block(block, self.plan.family, self.plan.blocks[index], self.recipe.rotations, config)
@@ -114,15 +130,19 @@ class Run:
             config,
             learned,
             lambda group: self.modality_weights(index, group),
+            lambda group, spent: self.patch_terms(index, group, spent),
             self.model.dtype,
         )
-        sites = apply_solutions(block, groups, solutions, folds, self.state, self.recipe, self.model.dtype)
+        final, refining = self.refine(block, index, groups, solutions, folds, targets)
+        sites = apply_solutions(block, groups, final, folds, self.state, self.recipe, self.model.dtype)
+        self.patch_bytes_left -= sum(added_bytes(s) for s in solutions.values())
         self.sites.update({site_key(index, name): site for name, site in sites.items() if site != Site(False, {})})
         return {
             "block": index,
             "groups": [group_record(g, solutions[g.name]) for g in groups],
             "error": self.advance(block, index, targets),
             **learning,
+            **refining,
         }
 
     def observe(
@@ -135,7 +155,9 @@ class Run:
         def forward(i: int) -> None:
             targets.append(inputs.run(block, index, i, inputs.hidden[i], self.device).cpu())
 
-        batches = [(b.ids, b.mask, b.held_back) for b in inputs.batches]
+        batches = [
+            (b.ids, b.mask, torch.tensor([name in self.held_back for name in b.samples])) for b in inputs.batches
+        ]
         leaders = {g.name: g.linears[0].name for g in groups}
         statistics = collect_statistics(
             block,
@@ -152,7 +174,75 @@ class Run:
         """Weights of the tokens in the block's statistics, per group and batch."""
         if self.gradients is None or self.recipe.rounding.balance != "gradient":
             return None
-        return self.gradients.weights(index, [b.mask for b in self.inputs.batches], self.recipe.gradient.floor)
+        args = self.recipe.gradient
+        return self.gradients.weights(index, [b.mask for b in self.inputs.batches], args.floor, args.cap)
+
+    def expect_losses(self) -> dict[str, tuple[Option, ...]]:
+        """Per site, what each grid would cost and lose, on the float model; nothing is changed."""
+        probe = replace(self, inputs=self.inputs.copy(), held_back=(), notes=[], float_hidden=None)
+        recipe, assumed = self.recipe, replace(self.recipe.gradient, floor=0.0)
+        probe.recipe = replace(recipe, gradient=assumed, rounding=replace(recipe.rounding, balance="gradient"))
+        assert self.gradients is not None
+        answers = sum(int(b.answers.sum()) for b in self.inputs.batches)
+        masks = [b.mask for b in self.inputs.batches]
+        options = {}
+        indices = range(len(self.plan.blocks))
+        for index in self.progress.track(indices, "expecting losses", len(indices), "block"):
+            groups = self.plan.blocks[index]
+            block = probe.prepare(index, copy=True)
+            outputs, statistics = probe.observe(block, index, groups)
+            self.check(index, statistics)
+            for group in groups:
+                moment = statistics[group.name].merged().moment
+                assert moment is not None
+                _, mean = self.gradients.capped(index, group.name, masks, recipe.gradient.cap)
+                weights, damping = recipe.scheme.weights, recipe.rounding.damping
+                options[site_key(index, group.name)] = options_of(
+                    group,
+                    stacked_weight(block, group),
+                    moment.sum(0) * (mean / answers),
+                    damping,
+                    weights.num_bits,
+                    weights.full_range,
+                )
+            for i, output in enumerate(outputs):
+                probe.inputs.hidden[i] = output
+        return options
+
+    def spend(self) -> None:
+        """Give every group its grid within the recipe's budget."""
+        budget = self.recipe.budget
+        if budget is None:
+            return
+        total = int(self.plan.packed_bytes * (1 + budget.max_bytes))
+        reserve = int(total * budget.patches) if self.recipe.compensation is not None else 0
+        allocation = allocate(self.expect_losses(), total - reserve)
+        self.price = allocation.price
+        self.patch_bytes_left = max(total - allocation.bytes, 0)
+        blocks = tuple(
+            tuple(group.with_grid(allocation.chosen[site_key(index, group.name)].grid) for group in groups)
+            for index, groups in enumerate(self.plan.blocks)
+        )
+        self.plan = replace(self.plan, blocks=blocks)
+        if allocation.bytes > total:
+            self.note(f"the cheapest grids take {allocation.bytes} bytes, {allocation.bytes - total} above the budget")
+
+    def patch_terms(self, index: int, group: str, spent: int) -> tuple[float | None, int]:
+        """Price and most bytes of a group's vectors and patches, `spent` bytes after the last block."""
+        if self.recipe.budget is None:
+            return None, 0
+        assert self.gradients is not None
+        masks = [b.mask for b in self.inputs.batches]
+        answers = sum(int(b.answers.sum()) for b in self.inputs.batches)
+        _, mean = self.gradients.capped(index, group, masks, self.recipe.gradient.cap)
+        outputs = next(g.out_features for g in self.plan.blocks[index] if g.name == group)
+        per_error = mean / (2 * answers * outputs)  # loss of a squared error, spread evenly over the outputs
+        return (self.price / per_error if per_error > 0 else float("inf")), max(self.patch_bytes_left - spent, 0)
+
+    def note(self, text: str) -> None:
+        """Say something in the report and to who watches."""
+        self.notes.append(text)
+        self.progress.note(text)
 
     def modality_weights(self, index: int, group: str) -> Mapping[Modality, float]:
         """Importance of each modality's error in a group."""
@@ -222,12 +312,52 @@ class Run:
             self.recipe.seed + index,
         )
         if result.loss_after >= result.loss_before:
-            note = f"layers.{index}: learned smoothing did not lower the loss; the closed form is kept"
-            self.notes.append(note)
-            self.progress.note(note)
+            self.note(f"layers.{index}: learned smoothing did not lower the loss; the closed form is kept")
         return dict(result.vectors), {
             "learned": {"before": result.loss_before, "after": result.loss_after, "steps": result.steps}
         }
+
+    def refine(
+        self,
+        block: nn.Module,
+        index: int,
+        groups: tuple[GroupPlan, ...],
+        solutions: Mapping[str, GroupSolution],
+        folds: Mapping[str, Tensor],
+        targets: Sequence[Tensor],
+    ) -> tuple[Mapping[str, GroupSolution], dict[str, Any]]:
+        """Solutions refined on the block's output, and what to report of it; unchanged if the recipe has none."""
+        args = self.recipe.refinement
+        if args is None:
+            return solutions, {}
+        start = time.monotonic()
+        modalities = self.state.tokens.modalities
+        result = refine_block(
+            block,
+            groups,
+            solutions,
+            {group.name: stacked_fold(group, folds, self.device) for group in groups},
+            lambda i: self.inputs.run(block, index, i, self.inputs.hidden[i], self.device),
+            targets,
+            self.split_masks(),
+            modalities,
+            [self.modality_weights(index, groups[-1].name)[m] for m in modalities],
+            self.recipe.scheme.input_activations.num_bits,
+            self.recipe.scheme.weights.full_range,
+            args,
+            self.recipe.seed + index,
+        )
+        record = {"before": result.loss_before, "after": result.loss_after, "seconds": time.monotonic() - start}
+        return result.solutions, {"refined": record}
+
+    def split_masks(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per batch: modality ids, tokens to fit to, tokens that decide; the same where no sample is held back."""
+        split = []
+        for b in self.inputs.batches:
+            held = torch.tensor([name in self.held_back for name in b.samples])[:, None]
+            fit, decide = (b.mask & ~held, b.mask & held) if self.held_back else (b.mask, b.mask)
+            split.append((b.ids.to(self.device), fit.to(self.device), decide.to(self.device)))
+        return split
 
     def advance(self, block: nn.Module, index: int, targets: Sequence[Tensor] = ()) -> dict[str, float]:
         """Run the quantized block and make its outputs the next inputs.
@@ -279,6 +409,7 @@ class Run:
                 device=self.device,
             )
         block.load_state_dict(dict(tensors))
+        self.patch_bytes_left -= sum(g["bytes"]["smooth_scale"] + g["bytes"]["compensation"] for g in record["groups"])
         return record
 
 

@@ -15,8 +15,9 @@ With A_m = X_m / s_m and importance w_m of modality m the group's error is
 Where the recipe has a selection, candidates are solved on the fitting samples and judged by the real error,
 activations quantized, on tokens of samples held back. It goes from simple to complex: first the strength of one
 shared vector, then the spread towards each modality's own vector, then the patch. A step must be better by the margin
-than what it replaces, and leave no modality worse than the simplest candidate does. The winner is solved again on all
-samples. Everything is a pure function of tensors.
+than what it replaces, or by more where it takes bytes, and leave no modality worse than the simplest candidate does.
+The winner is solved again on all samples. Where no sample is held back, the simplest candidate is taken. Everything is
+a pure function of tensors.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ from .recipe import CompensationArgs, Recipe, WeightArgs
 from .runtime.linear import SMOOTH_DTYPE
 from .smoothing.scales import awq_scale, gauge, smooth_scale, spread_scale
 
+_MOST_RANKS = 32  # of one patch that is bought by its price
+
 
 @dataclass(frozen=True)
 class GroupProblem:
@@ -63,6 +66,9 @@ class GroupProblem:
         realize_text: the vector for text [in] that can really be folded, nearest to the one wanted.
         row_fold: [out], the factor by which each stored row will be multiplied (a later group's vector, folded).
         learned: [modalities, in], learned vectors that replace the closed form.
+        price: squared error (in the statistics' units) that a byte of a patch must remove; None where the recipe has
+            no budget and gives ranks instead.
+        patch_bytes: what the group's vectors and patches may take together, with a price.
     """
 
     name: str
@@ -75,6 +81,8 @@ class GroupProblem:
     realize_text: Callable[[Tensor], Tensor]
     row_fold: Tensor
     learned: Tensor | None = None
+    price: float | None = None
+    patch_bytes: int = 0
 
     @property
     def group_size(self) -> int | None:
@@ -189,8 +197,10 @@ def solve_group(problem: GroupProblem) -> GroupSolution:
     recipe = problem.recipe
     smoothing = recipe.smoothing
     mode = smoothing.mode if problem.name in smoothing.groups else "none"
-    if recipe.selection is not None and any(len(x) for x in problem.statistics.held):
-        return _select(problem, mode)
+    if recipe.selection is not None:
+        if any(len(x) for x in problem.statistics.held):
+            return _select(problem, mode)
+        return _solve(Fit(problem, problem.statistics.merged()), Choice(0.0, 0.0, False))  # nothing to judge by
     strength = 0.0 if mode == "none" else smoothing.strength
     choice = Choice(strength, 1.0 if mode == "modality" else 0.0, _may_patch(problem))
     return _solve(Fit(problem, problem.statistics.merged()), choice)
@@ -216,6 +226,7 @@ def _select(problem: GroupProblem, mode: str) -> GroupSolution:
         tried.append((choice, measure_errors(problem, solution, references)))
         return solution, tried[-1][1]
 
+    packed = problem.weight.numel() * problem.grid.num_bits / 8
     best, errors = attempt(Choice(0.0, 0.0, False))
     simplest = errors
 
@@ -223,17 +234,23 @@ def _select(problem: GroupProblem, mode: str) -> GroupSolution:
         nonlocal best, errors
         solution, found = attempt(choice, base)
         worst = max(found[m] / max(simplest[m], 1e-30) for m in found)
-        if _gain(errors, found, problem.modality_weights) > selection.margin and worst <= 1 + selection.margin:
+        share = (added_bytes(solution) - added_bytes(best)) / packed
+        wanted = max(selection.margin, selection.byte_price * share)
+        if _gain(errors, found, problem.modality_weights) > wanted and not (
+            selection.protect and worst > 1 + selection.margin
+        ):
             best, errors = solution, found
 
     for strength in selection.strengths if mode != "none" else ():
         if strength > 0:
             consider(Choice(strength, 0.0, False))
     strength = best.choice.strength or problem.recipe.smoothing.strength
-    for spread in selection.spreads if mode == "modality" else ():
+    vectors = problem.statistics.fitting.absmax.numel() * SMOOTH_DTYPE.itemsize
+    affordable = problem.price is None or vectors <= problem.patch_bytes
+    for spread in selection.spreads if mode == "modality" and affordable else ():
         if spread > 0:
             consider(Choice(strength, spread, False))
-    if _may_patch(problem):
+    if _may_patch(problem) and (problem.price is None or problem.patch_bytes):
         consider(Choice(best.choice.strength, best.choice.spread, True), best)
     final = _solve(Fit(problem, problem.statistics.merged()), best.choice)
     return replace(final, errors=errors, candidates=tuple((str(choice), e) for choice, e in tried))
@@ -359,6 +376,8 @@ def _with_patches(fit: Fit, solution: GroupSolution, choice: Choice) -> GroupSol
         moment = fit.hessian / torch.outer(s, s)
         patch = _patch(fit, problem.weight * s - solution.base, moment, _patch_rank(compensation, problem, 1))
         return replace(solution, patches={ALL_TOKENS: patch}, choice=choice)
+    if problem.price is not None:
+        return replace(solution, patches=_priced_patches(fit, solution, present), choice=choice)
     rank = _patch_rank(compensation, problem, len(present)) if present else 0
     for m in present if rank else ():
         ratio = 1.0 if solution.smooth_scale is None else solution.smooth_scale[m]
@@ -368,15 +387,51 @@ def _with_patches(fit: Fit, solution: GroupSolution, choice: Choice) -> GroupSol
     return replace(solution, patches=patches, choice=choice)
 
 
+def _priced_patches(fit: Fit, solution: GroupSolution, present: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Patches of which every rank removes more error per byte than the price, the best ranks first, within the bytes
+    allowed."""
+    problem = fit.problem
+    assert problem.price is not None
+    out_features, in_features = problem.weight.shape
+    cost = patch_bytes(1, in_features, out_features)
+    most = min(max(problem.patch_bytes - vector_bytes(solution), 0) // cost, out_features, in_features)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    ranked: list[tuple[float, int]] = []
+    for m in present if most else ():
+        ratio = 1.0 if solution.smooth_scale is None else solution.smooth_scale[m]
+        s = solution.text_scale * ratio
+        difference, moment = problem.weight * s - solution.base, fit.moment[m] / torch.outer(s, s)
+        vectors = leading_vectors(difference, moment, min(most, _MOST_RANKS))
+        projected = vectors.t() @ difference.double()
+        energies = ((projected @ moment.double()) * projected).sum(1) * fit.importance[m]
+        found[m] = difference, vectors
+        ranked += [(float(energy) / cost, m) for energy in energies]
+    worth = [m for gain, m in sorted(ranked, reverse=True) if gain > problem.price][:most]
+    patches = {}
+    for m, (difference, vectors) in found.items():
+        if rank := worth.count(m):
+            a, b = low_rank_patch(difference, vectors[:, :rank])
+            fold = problem.row_fold[:, None]
+            stored = a.to(FACTOR_DTYPE).float(), (b.float() * fold).to(FACTOR_DTYPE).float() / fold
+            patches[problem.modalities[m].value] = stored
+    return patches
+
+
 def group_output(problem: GroupProblem, solution: GroupSolution, x: Tensor, m: int) -> Tensor:
     """What the quantized group gives for float input x [tokens, in] of modality number m, without bias."""
     ratio = 1.0 if solution.smooth_scale is None else solution.smooth_scale[m]
     smoothed = x / (solution.text_scale * ratio)
     y = fake_quantize_tokens(smoothed, problem.recipe.scheme.input_activations.num_bits) @ solution.base.t()
-    for key in (problem.modalities[m].value, ALL_TOKENS):
+    return y + patch_output(solution, problem.modalities[m], smoothed)
+
+
+def patch_output(solution: GroupSolution, modality: Modality, smoothed: Tensor) -> Tensor:
+    """What the patches add for smoothed inputs [tokens, in] of a modality, [tokens, out]."""
+    y = smoothed.new_zeros(len(smoothed), len(solution.q))
+    for key in (modality.value, ALL_TOKENS):
         if key in solution.patches:
             a, b = solution.patches[key]
-            y += (smoothed @ a.t()) @ b.t()
+            y = y + (smoothed @ a.t()) @ b.t()
     return y
 
 
@@ -396,6 +451,16 @@ def measure_errors(
             error = float((group_output(problem, solution, x, m) - reference).square().sum(-1) @ weights)
             errors[problem.modalities[m]] = error / energy if energy > 0 else error
     return errors
+
+
+def vector_bytes(solution: GroupSolution) -> int:
+    """Bytes of the vectors that are not folded."""
+    return 0 if solution.smooth_scale is None else solution.smooth_scale.numel() * SMOOTH_DTYPE.itemsize
+
+
+def added_bytes(solution: GroupSolution) -> int:
+    """Bytes beyond the packed weights: vectors and patches."""
+    return vector_bytes(solution) + solution_patch_bytes(solution)
 
 
 def solution_patch_bytes(solution: GroupSolution) -> int:

@@ -20,10 +20,7 @@ def test_block_by_block_is_backpropagation_through_the_model(family: str, tmp_pa
     model = tiny_model(family)
     samples = masquant.load_samples(tiny_samples(family, tmp_path, count=4))
     batch = next(iter(SampleEncoder(tiny_processor(family)).batches(samples, 4)))
-    held = torch.zeros(4, dtype=torch.bool)
-    inputs = capture_block_inputs(
-        model, iter([(batch.inputs, held, batch.answer_mask)]), modality_tokens_of(model.config)
-    )
+    inputs = capture_block_inputs(model, [batch], modality_tokens_of(model.config))
     groups, trainable = family_of(model.config).groups, [p.requires_grad for p in model.parameters()]
     found = token_gradients(
         model, groups, inputs, samples=2, seed=3, device=torch.device("cpu"), progress=NoProgress()
@@ -44,7 +41,9 @@ def test_block_by_block_is_backpropagation_through_the_model(family: str, tmp_pa
         noise = torch.randn(p.shape, generator=generator) * p.sqrt()
         z = noise - p * noise.sum(-1, keepdim=True)
         flat = [(key, y) for key, ys in outputs.items() for y in ys]
-        for (key, _), g in zip(flat, torch.autograd.grad((logits * z).sum(), [y for _, y in flat], retain_graph=True)):
+        for (key, _), g in zip(
+            flat, torch.autograd.grad((logits * z).sum(), [y for _, y in flat], retain_graph=True), strict=True
+        ):
             wanted[key] += g.square().sum(-1).reshape(wanted[key].shape) / 2
     for (index, name), value in wanted.items():
         torch.testing.assert_close(found.squared[index][name][0], value, rtol=1e-3, atol=1e-9)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from ..errors import DataError, ModelError
 from ..modality import ModalityTokens, modality_ids
 from ..models import decoder_blocks
+from .encoding import EncodedBatch
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -48,14 +49,14 @@ class BlockBatch:
         calls: per block, positional arguments after the hidden states, and keyword arguments; tensors on CPU.
         ids: uint8 [batch, tokens], modality ids.
         mask: bool [batch, tokens], False for padding.
-        held_back: bool [batch], samples that only decide between candidates.
+        samples: the samples' ids.
         answers: bool [batch, tokens], tokens whose likelihood counts.
     """
 
     calls: tuple[Call, ...]
     ids: Tensor
     mask: Tensor
-    held_back: Tensor
+    samples: tuple[str, ...]
     answers: Tensor
 
 
@@ -104,6 +105,10 @@ class BlockInputs:
     batches: tuple[BlockBatch, ...]
     hidden: HiddenStates
     returns_tuple: bool
+
+    def copy(self) -> BlockInputs:
+        """The same with hidden states of its own."""
+        return BlockInputs(self.batches, self.hidden.copy(), self.returns_tuple)
 
     def run(self, block: nn.Module, index: int, i: int, hidden: Tensor, device: torch.device) -> Tensor:
         """Output hidden states [batch, tokens, features] of block number `index` on batch `i`, in hidden's dtype."""
@@ -157,7 +162,7 @@ def _share(calls: list[Call]) -> tuple[Call, ...]:
 @torch.no_grad()
 def capture_block_inputs(
     model: PreTrainedModel,
-    batches: Iterator[tuple[Mapping[str, Tensor], Tensor, Tensor]],
+    batches: Iterable[EncodedBatch],
     tokens: ModalityTokens,
     *,
     spill: bool = False,
@@ -166,8 +171,7 @@ def capture_block_inputs(
 
     Args:
         model: unquantized, in evaluation mode.
-        batches: the processor's outputs (all of them, padded, with input_ids and attention_mask); bool [batch], the
-            samples held back; and bool [batch, tokens], the answers.
+        batches: encoded samples.
         tokens: the model's placeholder tokens.
         spill: keep hidden states in a temporary folder instead of memory.
 
@@ -179,7 +183,8 @@ def capture_block_inputs(
     outputs: dict[str, Any] = {}
     captured: list[BlockBatch] = []
     hidden = HiddenStates(spill)
-    for inputs, held_back, answers in batches:
+    for batch in batches:
+        inputs = batch.inputs
         if "input_ids" not in inputs:
             raise DataError(f"a calibration batch has no input_ids, only {', '.join(inputs)}")
         calls: list[Call] = []
@@ -189,7 +194,8 @@ def capture_block_inputs(
             raise ModelError(f"the decoder made {len(calls)} block calls for its {len(blocks)} blocks")
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-        captured.append(BlockBatch(_share(calls), modality_ids(ids, tokens), mask, held_back, answers))
+        names = tuple(sample.id for sample in batch.samples)
+        captured.append(BlockBatch(_share(calls), modality_ids(ids, tokens), mask, names, batch.answer_mask))
         hidden.append(outputs["hidden"])
     if not captured:
         raise DataError("no samples: calibration needs at least one")

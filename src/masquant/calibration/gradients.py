@@ -13,6 +13,7 @@ block run once more with gradients.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -37,14 +38,20 @@ class TokenGradients:
 
     squared: Sequence[Mapping[str, Sequence[Tensor]]]
 
-    def weights(self, block: int, masks: Sequence[Tensor], floor: float) -> dict[str, list[Tensor]]:
+    def capped(self, block: int, group: str, masks: Sequence[Tensor], quantile: float) -> tuple[list[Tensor], float]:
+        """A group's gradients with the largest cut at a quantile, per batch [batch, tokens], and their mean."""
+        batches = self.squared[block][group]
+        real = torch.cat([g[m] for g, m in zip(batches, masks, strict=True)])
+        largest = real.sort().values[math.ceil(quantile * len(real)) - 1]
+        return [g.clamp_max(largest) for g in batches], float(real.clamp_max(largest).mean())
+
+    def weights(self, block: int, masks: Sequence[Tensor], floor: float, cap: float = 1.0) -> dict[str, list[Tensor]]:
         """Per group and batch, the tokens' weights [batch, tokens], of mean 1: floor + (1 - floor) g / mean(g)."""
         result = {}
-        for group, batches in self.squared[block].items():
-            total = sum(float(g[m].sum()) for g, m in zip(batches, masks, strict=True))
-            count = sum(int(m.sum()) for m in masks)
-            scale = (1 - floor) * count / total if total > 0 else 0.0
-            result[group] = [scale * g + (floor if total > 0 else 1.0) for g in batches]
+        for group in self.squared[block]:
+            gradients, mean = self.capped(block, group, masks, cap)
+            scale = (1 - floor) / mean if mean > 0 else 0.0
+            result[group] = [scale * g + (floor if mean > 0 else 1.0) for g in gradients]
         return result
 
     def modality_means(

@@ -101,7 +101,8 @@ class LearnedVectors:
 
 
 @contextmanager
-def _swapped(block: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def swapped(block: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The block with some of its modules replaced by others."""
     originals = {name: block.get_submodule(name) for name in modules}
     for name, module in modules.items():
         block.set_submodule(name, module)
@@ -150,7 +151,7 @@ def learn_vectors(
             return sum(float(loss_of(i)) for i in range(len(batches))) / len(batches)
 
     modules = trials(theta, lambda: current[0])
-    with _swapped(block, modules):
+    with swapped(block, modules):
         first = best = evaluate()
         best_theta = {name: value.detach().clone() for name, value in theta.items()}
         optimizer = torch.optim.AdamW(list(theta.values()), lr=args.learning_rate, weight_decay=0.0)
