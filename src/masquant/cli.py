@@ -28,6 +28,14 @@ app = typer.Typer(
 )
 
 
+class Effort(str, Enum):
+    """How much time a recipe takes, for the help text."""
+
+    DEFAULT = "default"
+    FAST = "fast"
+    REFINED = "refined"
+
+
 class SchemeName(str, Enum):
     """Schemes, for the help text."""
 
@@ -42,6 +50,10 @@ ModelArgument = Annotated[
 ]
 OutArgument = Annotated[Path, typer.Argument(help="Checkpoint folder.", show_default=False)]
 SchemeOption = Annotated[SchemeName, typer.Option(help="Bits of weights and activations.", case_sensitive=False)]
+PresetOption = Annotated[
+    Effort,
+    typer.Option(help="fast: no candidates compared, no gradients; refined: rounding refined block by block (slow)."),
+]
 GroupOption = Annotated[
     str | None, typer.Option(help="Inputs per weight scale: 32, 64, 128 or channel.", show_default="128, or 64 or 32")
 ]
@@ -109,8 +121,12 @@ def quantize(
     scheme: SchemeOption = SchemeName.W4A8,
     group_size: GroupOption = None,
     method: Annotated[
-        str, typer.Option(help="Recipe by name: masquant, masquant-paper, gptq, smoothquant, rtn.")
+        str,
+        typer.Option(
+            help="Recipe by name: masquant, masquant-paper, quarot, gptq, svdquant, mbq, awq, smoothquant, rtn."
+        ),
     ] = "masquant",
+    preset: PresetOption = Effort.DEFAULT,
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe file (YAML) instead of scheme, group size, method.")
     ] = None,
@@ -135,6 +151,7 @@ def quantize(
     from .recipe import Recipe
 
     chosen = Recipe.from_yaml(recipe) if recipe else Recipe.preset(method, scheme.value, _group_size(group_size))
+    chosen = chosen.with_effort(preset.value)
     if dry_run:
         _show_plan(model, chosen, as_json)
         return
@@ -349,6 +366,7 @@ def compare(
     scheme: SchemeOption = SchemeName.W4A8,
     group_size: GroupOption = None,
     limit: LimitOption = None,
+    preset: PresetOption = Effort.DEFAULT,
     batch_size: BatchOption = 16,
     generate: Annotated[bool, typer.Option(help="Decode answers for error rates and exact match.")] = True,
     json_file: JsonFileOption = None,
@@ -372,6 +390,7 @@ def compare(
         group_size=_group_size(group_size),
         batch_size=batch_size,
         generate=generate,
+        effort=preset.value,
         progress=_progress(quiet),
     )
     if json_file:

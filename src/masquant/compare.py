@@ -51,7 +51,7 @@ def compare(
     batch_size: int = 16,
     generate: bool | Collection[str] = True,
     progress: AbstractProgress | None = None,
-    fast: bool = False,
+    effort: Literal["default", "fast", "refined"] = "default",
     keep: Callable[[str, PreTrainedModel, Any, QuantizationReport, Evaluation], None] | None = None,
     dtype: str = "auto",
 ) -> dict[str, Evaluation]:
@@ -66,7 +66,7 @@ def compare(
         batch_size: of the evaluation.
         generate: also decode answers (error rates, exact match), all or those of these sample ids.
         progress: receives what happens.
-        fast: try fewer candidates (see `Recipe.fast`).
+        effort: see `Recipe.with_effort`.
         keep: called with every method's name, model, processor, report and evaluation, for example to save it.
         dtype: to load the model in.
 
@@ -78,8 +78,7 @@ def compare(
         recipes = dict(methods)
     else:
         recipes = {method: Recipe.preset(method, scheme, group_size) for method in methods}
-    if fast:
-        recipes = {method: recipe.fast() for method, recipe in recipes.items()}
+    recipes = {method: recipe.with_effort(effort) for method, recipe in recipes.items()}
     processor = load_processor(model)
     name = str(model)
     source = load_any(model, dtype=dtype)

@@ -35,10 +35,9 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def scheme_of(model: nn.Module) -> str:
-    """Scheme of a loaded model, "float" if it is not quantized."""
-    for module in quantized_linears(model).values():
-        return f"W{module.spec.num_bits}A{module.spec.activation_bits}"
-    return "float"
+    """Scheme of a loaded model, by the lowest bits where they differ; "float" if it is not quantized."""
+    specs = [module.spec for module in quantized_linears(model).values()]
+    return f"W{min(s.num_bits for s in specs)}A{specs[0].activation_bits}" if specs else "float"
 
 
 def checkpoint_memory(path: str | Path) -> dict[str, Any]:

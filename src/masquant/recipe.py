@@ -312,6 +312,8 @@ class SelectionArgs:
         margin: relative gain in error below which the simpler choice is kept.
         byte_price: relative gain in error that vectors and patches must bring per relative byte. Halving the group
             size brings about 2: 6 % of bytes, 12 % of the squared error.
+        activation_share: vectors are tried only where at least this share of some modality's error comes from rounding
+            the activations: they move error between activations and weights, and cannot remove what is not there.
         protect: refuse what makes any modality worse than the simplest choice does.
     """
 
@@ -320,9 +322,11 @@ class SelectionArgs:
     spreads: tuple[float, ...] = (0.0, 0.5)
     margin: float = 0.01
     byte_price: float = 2.0
+    activation_share: float = 0.1
     protect: bool = True
 
     def __post_init__(self) -> None:
+        _require(0 <= self.activation_share <= 1, "selection.activation_share is a share in 0..1")
         _require(self.byte_price >= 0, f"selection.byte_price must not be negative, got {self.byte_price}")
         _require(0 < self.held_back <= 0.5, f"selection.held_back must be in (0, 0.5], got {self.held_back}")
         _require(bool(self.strengths) and all(0 <= s <= 1 for s in self.strengths), "selection.strengths: 0..1")
@@ -400,12 +404,29 @@ class Recipe:
         return Rotations(self.rotation.seed, online, self.rotation.heads, ("down",) if online else ())
 
     def fast(self) -> Recipe:
-        """The same with few candidates: one strength of a shared vector, and the patch."""
+        """What takes long left out: no candidates are compared, no gradients measured, nothing is refined."""
         if self.selection is None:
             return self
+        if self.rounding.method == "nearest":
+            return dataclasses.replace(self, selection=None)  # the vector at its fixed strength is all there is
         return dataclasses.replace(
-            self, selection=dataclasses.replace(self.selection, strengths=(0.0, 0.35), spreads=(0.0,))
+            self,
+            smoothing=SmoothingArgs("none"),
+            rounding=dataclasses.replace(self.rounding, balance="token"),
+            modality_weights=dict.fromkeys(Modality, 1.0),
+            compensation=None,
+            selection=None,
+            budget=None,
+            refinement=None,
         )
+
+    def refined(self) -> Recipe:
+        """The same with rounding and scales refined by gradient, block by block; takes several times as long."""
+        return dataclasses.replace(self, refinement=self.refinement or RefinementArgs())
+
+    def with_effort(self, effort: Literal["default", "fast", "refined"]) -> Recipe:
+        """The recipe itself, `fast` or `refined`."""
+        return {"default": lambda: self, "fast": self.fast, "refined": self.refined}[effort]()
 
     @classmethod
     def preset(
@@ -471,18 +492,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoothquant": {
         "smoothing": SmoothingArgs("shared"),
         "rounding": _NEAREST,
-        "selection": SelectionArgs(strengths=tuple(i / 10 for i in range(10)), margin=0.0, protect=False),
+        "selection": SelectionArgs(
+            strengths=tuple(i / 10 for i in range(10)), margin=0.0, activation_share=0.0, protect=False
+        ),
     },
     "awq": {
         "smoothing": SmoothingArgs("shared", formula="awq"),
         "rounding": RoundingArgs("nearest", balance="token"),
-        "selection": SelectionArgs(strengths=_SEARCHED, margin=0.0, protect=False),
+        "selection": SelectionArgs(strengths=_SEARCHED, margin=0.0, activation_share=0.0, protect=False),
     },
     "gptq": {"smoothing": SmoothingArgs("none"), "rounding": RoundingArgs("gptq", balance="token")},
     "mbq": {
         "smoothing": SmoothingArgs("shared", formula="awq"),
         "rounding": RoundingArgs("nearest", balance="token"),
-        "selection": SelectionArgs(strengths=_SEARCHED, margin=0.0, protect=False),
+        "selection": SelectionArgs(strengths=_SEARCHED, margin=0.0, activation_share=0.0, protect=False),
         "modality_weights": "gradient",
     },
     "quarot": {

@@ -79,7 +79,7 @@ def run_demo(
         generate=examples if quick else True,
         progress=progress,
         keep=keep,
-        fast=quick,
+        effort="fast" if quick else "default",
     )
     if json_file:
         write_json(json_file, comparison_dict(results))

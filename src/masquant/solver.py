@@ -14,7 +14,8 @@ With A_m = X_m / s_m and importance w_m of modality m the group's error is
 
 Where the recipe has a selection, candidates are solved on the fitting samples and judged by the real error,
 activations quantized, on tokens of samples held back. It goes from simple to complex: first the strength of one
-shared vector, then the spread towards each modality's own vector, then the patch. A step must be better by the margin
+shared vector, then the spread towards each modality's own vector, then the patch; vectors only where the activations'
+rounding matters. A step must be better by the margin
 than what it replaces, or by more where it takes bytes, and leave no modality worse than the simplest candidate does.
 The winner is solved again on all samples. Where no sample is held back, the simplest candidate is taken. Everything is
 a pure function of tensors.
@@ -241,6 +242,9 @@ def _select(problem: GroupProblem, mode: str) -> GroupSolution:
         ):
             best, errors = solution, found
 
+    share = max(activation_share(problem, best, references).values(), default=0.0)
+    if share < selection.activation_share:
+        mode = "none"
     for strength in selection.strengths if mode != "none" else ():
         if strength > 0:
             consider(Choice(strength, 0.0, False))
@@ -417,11 +421,17 @@ def _priced_patches(fit: Fit, solution: GroupSolution, present: list[int]) -> di
     return patches
 
 
-def group_output(problem: GroupProblem, solution: GroupSolution, x: Tensor, m: int) -> Tensor:
-    """What the quantized group gives for float input x [tokens, in] of modality number m, without bias."""
+def group_output(
+    problem: GroupProblem, solution: GroupSolution, x: Tensor, m: int, activation_bits: int | None = None
+) -> Tensor:
+    """What the quantized group gives for float input x [tokens, in] of modality number m, without bias.
+
+    `activation_bits` replaces the recipe's.
+    """
     ratio = 1.0 if solution.smooth_scale is None else solution.smooth_scale[m]
     smoothed = x / (solution.text_scale * ratio)
-    y = fake_quantize_tokens(smoothed, problem.recipe.scheme.input_activations.num_bits) @ solution.base.t()
+    bits = activation_bits or problem.recipe.scheme.input_activations.num_bits
+    y = fake_quantize_tokens(smoothed, bits) @ solution.base.t()
     return y + patch_output(solution, problem.modalities[m], smoothed)
 
 
@@ -435,12 +445,25 @@ def patch_output(solution: GroupSolution, modality: Modality, smoothed: Tensor) 
     return y
 
 
+def activation_share(
+    problem: GroupProblem, solution: GroupSolution, references: list[Tensor]
+) -> dict[Modality, float]:
+    """Share of each modality's error on the tokens held back that rounding the activations is to blame for."""
+    both = measure_errors(problem, solution, references)
+    weights_only = measure_errors(problem, solution, references, activation_bits=16)
+    return {m: 1 - weights_only[m] / error if error > 0 else 0.0 for m, error in both.items()}
+
+
 def measure_errors(
-    problem: GroupProblem, solution: GroupSolution, references: list[Tensor] | None = None
+    problem: GroupProblem,
+    solution: GroupSolution,
+    references: list[Tensor] | None = None,
+    activation_bits: int | None = None,
 ) -> dict[Modality, float]:
     """Relative squared error per modality on the weighted tokens held back; modalities without such are left out.
 
-    `references` are the float outputs on those tokens, per modality, if they are known already.
+    `references` are the float outputs on those tokens, per modality, if they are known already; `activation_bits`
+    replaces the recipe's.
     """
     errors = {}
     for m, x in enumerate(problem.statistics.held):
@@ -448,7 +471,9 @@ def measure_errors(
             reference = references[m] if references else x @ problem.weight.t()
             weights = problem.statistics.held_weights[m]
             energy = float(reference.square().sum(-1) @ weights)
-            error = float((group_output(problem, solution, x, m) - reference).square().sum(-1) @ weights)
+            error = float(
+                (group_output(problem, solution, x, m, activation_bits) - reference).square().sum(-1) @ weights
+            )
             errors[problem.modalities[m]] = error / energy if energy > 0 else error
     return errors
 

@@ -22,7 +22,7 @@ def main() -> None:
     import masquant
     from masquant.calibration.encoding import SampleEncoder
     from masquant.checkpoint.format import FORMAT_VERSION
-    from masquant.recipe import CompensationArgs, Recipe
+    from masquant.recipe import BudgetArgs, Recipe
 
     folder = GOLDEN / f"format-{FORMAT_VERSION}"
     if folder.exists():
@@ -35,7 +35,7 @@ def main() -> None:
             "W4A8",
             32,
             selection=None,
-            compensation=CompensationArgs(rank=2),
+            budget=BudgetArgs(0.3, patches=0.05),
             ignore=("layers.1.mlp.down_proj",),
         )
         masquant.quantize(model, processor, samples, recipe=recipe)

@@ -13,7 +13,10 @@ from masquant.integrations.transformers import quantized_linears
 GOLDEN = sorted((Path(__file__).parent.parent / "golden").glob("format-*"))
 
 # SHA-256 over the integers of all packed weights, in the order of their names.
-INTEGERS = {"format-1": "84d5bff0e1b1b0032fca70fd19d24c88c97778bee08c473ad985be116721548c"}
+INTEGERS = {
+    "format-1": "84d5bff0e1b1b0032fca70fd19d24c88c97778bee08c473ad985be116721548c",
+    "format-2": "c10a807db0c24a45a94379d8984a4b472f18e940401d1a7963a58b5f70fe278f",
+}
 
 
 def test_there_is_one_per_version() -> None:

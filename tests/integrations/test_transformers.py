@@ -364,7 +364,7 @@ DAMAGE = {
         ),
         "both .* and a float",
     ),
-    "future version": (_config("format_version", 2), "format_version 2 is unknown"),
+    "future version": (_config("format_version", 3), "format_version 3 is unknown"),
     "unknown key": (_config("surprise", 1), "unknown keys surprise"),
     "unknown modality": (_config("modalities", ["text", "smell"]), "unknown modality 'smell'"),
     "bad site": (_config("sites", {"99.qkv": {"smooth_scale": True, "rank": {}}}), "names no quantized group"),

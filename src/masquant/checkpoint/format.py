@@ -27,7 +27,8 @@ from ..runtime.linear import SMOOTH_DTYPE
 from ..strict import from_plain, to_plain
 
 QUANT_METHOD = "masquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: rotations, patches of all tokens, weight scales of either sign
+READABLE_VERSIONS = (1, 2)
 
 _KEYS = {"quant_method", "format_version", "config_groups", "ignore", "modalities", "modality_tokens", "sites"}
 
@@ -79,8 +80,8 @@ class CheckpointFormat:
 
     @property
     def scheme(self) -> str:
-        """Like "W4A8"."""
-        return f"W{self.weights[0][1].num_bits}A{self.activations.num_bits}"
+        """Like "W4A8", by the lowest bits where they differ."""
+        return f"W{min(grid.num_bits for _, grid in self.weights)}A{self.activations.num_bits}"
 
     def to_dict(self) -> dict[str, Any]:
         """The `quantization_config` as JSON."""
@@ -105,7 +106,6 @@ class CheckpointFormat:
                 "weights": entry,
                 "input_activations": activations if self.activations.num_bits < 16 else None,
             }
-        rotation = {} if self.rotations is None else {"rotation": to_plain(self.rotations)}
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -114,7 +114,7 @@ class CheckpointFormat:
             "modalities": [m.value for m in self.modalities],
             "modality_tokens": {m.value: list(fields) for m, fields in self.modality_tokens.items()},
             "sites": {key: site.to_dict() for key, site in self.sites.items()},
-            **rotation,
+            "rotation": None if self.rotations is None else to_plain(self.rotations),
         }
 
 
@@ -241,11 +241,12 @@ def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
     _need(config.get("quant_method") == QUANT_METHOD, f"quant_method is {config.get('quant_method')!r}")
     version = config.get("format_version")
     _need(
-        version == FORMAT_VERSION,
-        f"format_version {version!r} is unknown, this masquant reads {FORMAT_VERSION}; install a masquant that "
-        "reads it, or quantize again",
+        version in READABLE_VERSIONS and not isinstance(version, bool),
+        f"format_version {version!r} is unknown, this masquant reads {' and '.join(map(str, READABLE_VERSIONS))}; "
+        "install a masquant that reads it, or quantize again",
     )
-    missing, extra = _KEYS - set(config), set(config) - _KEYS - {"rotation"}
+    known = _KEYS | ({"rotation"} if version != 1 else set())
+    missing, extra = known - set(config), set(config) - known
     _need(not missing, f"lacks {', '.join(sorted(missing))}")
     _need(not extra, f"has unknown keys {', '.join(sorted(map(str, extra)))}")
     _need(isinstance(config["config_groups"], Mapping) and bool(config["config_groups"]), "config_groups is empty")
@@ -276,7 +277,7 @@ def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
         modalities,
         tokens,
         sites,
-        _parse_rotations(config["rotation"]) if "rotation" in config else None,
+        _parse_rotations(config["rotation"]) if config.get("rotation") is not None else None,
     )
 
 
