@@ -72,7 +72,7 @@ def test_finer_grids_err_less_and_cost_more() -> None:
 
 
 def test_expected_loss_is_what_gptq_leaves() -> None:
-    """1/2 sum_j D_j e_j^2 a row forecasts 1/2 tr(E H E^T) / out of a real rounding within a fifth."""
+    """sum_j D_j e_j^2 a row forecasts tr(E H E^T) / out of a real rounding within a fifth."""
     g = torch.Generator().manual_seed(1)
     mix = torch.randn(128, 128, generator=g) * torch.logspace(0, -2, 128)
     x = torch.randn(2000, 128, generator=g) @ mix
@@ -82,6 +82,6 @@ def test_expected_loss_is_what_gptq_leaves() -> None:
     expected = {o.grid: o.loss for o in options_of(plan, weight, hessian, 0.01, 4, False)}
     scale = search_scale(weight, 4, 64, torch.ones(128))
     error = (dequantize_weight(round_gptq(weight, scale, factorize(hessian), 4), scale) - weight).double()
-    real = float(((error @ hessian) * error).sum()) / 2 / len(weight)
+    real = float(((error @ hessian) * error).sum()) / len(weight)
     assert expected[WeightArgs(4, "group", 64)] == pytest.approx(real, rel=0.2)
     assert grid_error(weight, WeightArgs(8, "channel")) < grid_error(weight, WeightArgs(4, "group", 32)) / 50

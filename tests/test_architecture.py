@@ -17,7 +17,7 @@ LAYERS = (
     {"compensation", "smoothing", "plan", "calibration"},
     {"runtime"},
     {"checkpoint", "solver", "allocation"},
-    {"integrations", "block", "refinement"},
+    {"integrations", "block", "refinement", "spending"},
     {"run"},
     {"pipeline"},
     {"card"},

@@ -83,14 +83,14 @@ def options_of(
     Args:
         group: plan of the group.
         weight: float32 [out, in].
-        hessian: sum_t g_t x_t x_t^T over the calibration tokens, per answer token [in, in].
+        hessian: H / 2 of the module's text, per answer token [in, in].
         damping: of the rounding.
         num_bits: of the scheme.
         full_range: of its grid.
     """
     conditional = float(inverse_factor(hessian, damping).diagonal().pow(-2).sum())
     return tuple(
-        Option(grid, group.with_grid(grid).packed_bytes, conditional * grid_error(weight, grid) / 2)
+        Option(grid, group.with_grid(grid).packed_bytes, conditional * grid_error(weight, grid))
         for grid in candidate_grids(group.in_features, num_bits, full_range)
     )
 

@@ -125,7 +125,7 @@ def solve_block(
     config: Any,
     learned: Mapping[str, Tensor],
     modality_weights: Callable[[str], Mapping[Modality, float]],
-    patch_terms: Callable[[str, int], tuple[float | None, int]],
+    terms: Callable[[GroupPlan, int], tuple[float | None, int]],
     dtype: torch.dtype,
 ) -> tuple[dict[str, GroupSolution], dict[str, Tensor]]:
     """Solutions per group, and the factor of each linear's rows.
@@ -139,7 +139,7 @@ def solve_block(
         config: the decoder's config (numbers of heads).
         learned: per group, vectors that replace the closed form.
         modality_weights: importance of each modality's error, by group.
-        patch_terms: price and most bytes of what is added to a group's weights, by group and the bytes that this block
+        terms: price and most bytes of what is added to a group's weights, by group and the bytes that this block
             has added so far (see `GroupProblem`).
         dtype: of the model.
     """
@@ -159,7 +159,7 @@ def solve_block(
             text_realizer(block, group, config, dtype),
             row_fold,
             learned.get(group.name),
-            *patch_terms(group.name, sum(added_bytes(s) for s in solutions.values())),
+            *terms(group, sum(added_bytes(s) for s in solutions.values())),
         )
         solution = solutions[group.name] = solve_group(problem)
         if group.group.fold_kind != "norm":

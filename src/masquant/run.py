@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .allocation import Option, allocate, options_of
+from .allocation import Option, options_of
 from .block import apply_solutions, group_record, rotate_block, solve_block, stacked_fold, stacked_weight
 from .calibration.block_inputs import BlockInputs, HiddenStates
 from .calibration.gradients import TokenGradients
@@ -37,6 +37,7 @@ from .runtime.linear import Compensation
 from .smoothing.learned import TrialLinear, learn_vectors
 from .smoothing.scales import smooth_scale
 from .solver import GroupSolution, added_bytes
+from .spending import UNLIMITED, Spending, loss_per_error
 
 
 def peak_memory() -> int:
@@ -76,8 +77,7 @@ class Run:
     gradients: TokenGradients | None = None
     sites: dict[str, Site] = field(default_factory=dict)
     float_hidden: HiddenStates | None = None
-    price: float = 0.0
-    patch_bytes_left: int = 0
+    spending: Spending | None = None
 
     def __post_init__(self) -> None:
         learned = self.recipe.smoothing.learned
@@ -130,12 +130,13 @@ class Run:
             config,
             learned,
             lambda group: self.modality_weights(index, group),
-            lambda group, spent: self.patch_terms(index, group, spent),
+            lambda group, spent: self.terms(index, group, spent),
             self.model.dtype,
         )
         final, refining = self.refine(block, index, groups, solutions, folds, targets)
         sites = apply_solutions(block, groups, final, folds, self.state, self.recipe, self.model.dtype)
-        self.patch_bytes_left -= sum(added_bytes(s) for s in solutions.values())
+        if self.spending is not None:
+            self.spending.left -= sum(added_bytes(s) for s in solutions.values())
         self.sites.update({site_key(index, name): site for name, site in sites.items() if site != Site(False, {})})
         return {
             "block": index,
@@ -183,8 +184,7 @@ class Run:
         recipe, assumed = self.recipe, replace(self.recipe.gradient, floor=0.0)
         probe.recipe = replace(recipe, gradient=assumed, rounding=replace(recipe.rounding, balance="gradient"))
         assert self.gradients is not None
-        answers = sum(int(b.answers.sum()) for b in self.inputs.batches)
-        masks = [b.mask for b in self.inputs.batches]
+        batches, cap = self.inputs.batches, recipe.gradient.cap
         options = {}
         indices = range(len(self.plan.blocks))
         for index in self.progress.track(indices, "expecting losses", len(indices), "block"):
@@ -195,13 +195,12 @@ class Run:
             for group in groups:
                 moment = statistics[group.name].merged().moment
                 assert moment is not None
-                _, mean = self.gradients.capped(index, group.name, masks, recipe.gradient.cap)
-                weights, damping = recipe.scheme.weights, recipe.rounding.damping
+                weights = recipe.scheme.weights
                 options[site_key(index, group.name)] = options_of(
                     group,
                     stacked_weight(block, group),
-                    moment.sum(0) * (mean / answers),
-                    damping,
+                    moment.sum(0) * loss_per_error(self.gradients, batches, index, group.name, cap),
+                    recipe.rounding.damping,
                     weights.num_bits,
                     weights.full_range,
                 )
@@ -210,34 +209,23 @@ class Run:
         return options
 
     def spend(self) -> None:
-        """Give every group its grid within the recipe's budget."""
+        """Give every group its grid within the recipe's budget, if there is one."""
         budget = self.recipe.budget
-        if budget is None:
-            return
-        total = int(self.plan.packed_bytes * (1 + budget.max_bytes))
-        reserve = int(total * budget.patches) if self.recipe.compensation is not None else 0
-        allocation = allocate(self.expect_losses(), total - reserve)
-        self.price = allocation.price
-        self.patch_bytes_left = max(total - allocation.bytes, 0)
-        blocks = tuple(
-            tuple(group.with_grid(allocation.chosen[site_key(index, group.name)].grid) for group in groups)
-            for index, groups in enumerate(self.plan.blocks)
-        )
-        self.plan = replace(self.plan, blocks=blocks)
-        if allocation.bytes > total:
-            self.note(f"the cheapest grids take {allocation.bytes} bytes, {allocation.bytes - total} above the budget")
+        if budget is not None:
+            patches = self.recipe.compensation is not None
+            self.spending = Spending.on_grids(self.plan, self.expect_losses(), budget, patches)
+            self.plan = self.spending.plan
+            for note in self.spending.notes:
+                self.note(note)
 
-    def patch_terms(self, index: int, group: str, spent: int) -> tuple[float | None, int]:
+    def terms(self, index: int, group: GroupPlan, spent: int) -> tuple[float | None, int]:
         """Price and most bytes of a group's vectors and patches, `spent` bytes after the last block."""
-        if self.recipe.budget is None:
-            return None, 0
+        if self.spending is None:
+            return UNLIMITED
         assert self.gradients is not None
-        masks = [b.mask for b in self.inputs.batches]
-        answers = sum(int(b.answers.sum()) for b in self.inputs.batches)
-        _, mean = self.gradients.capped(index, group, masks, self.recipe.gradient.cap)
-        outputs = next(g.out_features for g in self.plan.blocks[index] if g.name == group)
-        per_error = mean / (2 * answers * outputs)  # loss of a squared error, spread evenly over the outputs
-        return (self.price / per_error if per_error > 0 else float("inf")), max(self.patch_bytes_left - spent, 0)
+        cap = self.recipe.gradient.cap
+        loss = loss_per_error(self.gradients, self.inputs.batches, index, group.name, cap)
+        return self.spending.terms(spent, loss / group.out_features)
 
     def note(self, text: str) -> None:
         """Say something in the report and to who watches."""
@@ -409,7 +397,9 @@ class Run:
                 device=self.device,
             )
         block.load_state_dict(dict(tensors))
-        self.patch_bytes_left -= sum(g["bytes"]["smooth_scale"] + g["bytes"]["compensation"] for g in record["groups"])
+        if self.spending is not None:
+            added = (g["bytes"]["smooth_scale"] + g["bytes"]["compensation"] for g in record["groups"])
+            self.spending.left -= sum(added)
         return record
 
 

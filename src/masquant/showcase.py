@@ -76,6 +76,7 @@ def run_demo(
         calibration,
         evaluation,
         scheme=scheme,
+        group_size=64 if scheme.startswith("W4") else None,
         generate=examples if quick else True,
         progress=progress,
         keep=keep,
