@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from masquant.compensation import leading_vectors, low_rank_patch, patch_bytes, rank_for_bytes, whitened_spectrum
+from masquant.compensation import Patch, leading_vectors, low_rank_patch, rank_bytes, rank_for_bytes, whitened_spectrum
 
 SHAPES = [(12, 20), (30, 20), (20, 20)]
 
@@ -92,7 +92,23 @@ def test_nothing_to_compensate_gives_a_zero_patch() -> None:
 
 
 def test_bytes() -> None:
-    assert patch_bytes(3, 100, 50) == 3 * 150 * 2
-    assert rank_for_bytes(900, 100, 50) == 3
-    assert rank_for_bytes(899, 100, 50) == 2
-    assert rank_for_bytes(1e9, 100, 50) == 50
+    assert 3 * rank_bytes(100, 50, "bfloat16") == 3 * 150 * 2
+    assert rank_for_bytes(900, 100, 50, "bfloat16") == 3
+    assert rank_for_bytes(899, 100, 50, "bfloat16") == 2
+    assert rank_for_bytes(1e9, 100, 50, "int8") == 50
+
+
+def test_integer_factors_are_within_their_rounding() -> None:
+    """Half a step in each factor: |error| <= (|a| + |b|) / 254 of their largest, per rank; zero ranks stay zero."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, 40, generator=g, dtype=torch.float64), torch.randn(30, 5, generator=g, dtype=torch.float64)
+    a[2], b[:, 2] = 0, 0
+    fold = torch.rand(30, generator=g) + 0.5
+    patch = Patch.store(a, b * fold[:, None], "int8")
+    x = torch.randn(7, 40, generator=g)
+    wanted = (x.double() @ a.t() @ b.t()).float()
+    assert patch.bytes == 5 * (40 + 30 + 2) == 5 * rank_bytes(40, 30, "int8") and patch.factors == "int8"
+    assert float((patch.output(x, fold) - wanted).norm() / wanted.norm()) < 0.01
+    exact = Patch.store(a, b * fold[:, None], "bfloat16")
+    assert exact.scale is None and exact.bytes == 5 * 2 * (40 + 30)
+    assert float((exact.output(x, fold) - wanted).norm() / wanted.norm()) < 0.01

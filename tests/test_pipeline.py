@@ -73,8 +73,8 @@ def test_every_recipe_runs_and_reports(samples: Any, method: str, scheme: str) -
         assert [g["group"] for g in block["groups"]] == ["qkv", "o", "gate_up", "down"]
         assert block["seconds"] > 0
     assert found["bytes"]["compensation"] == sum(
-        m.a.numel() * 2 if m.a is not None else 0 for m in _patches(model)
-    ) + sum(m.b.numel() * 2 for m in _patches(model))
+        sum(t.numel() * t.element_size() for t in m.buffers()) for m in _patches(model)
+    )
     assert found["calibration"]["num_samples"] == 12
     assert all(n > 0 for n in found["calibration"]["tokens"].values())
 
@@ -377,6 +377,25 @@ def test_a_budget_is_kept_and_its_grids_are_loaded_again(samples: Any, tmp_path:
     assert len(grids) > 1
     save(model, tiny_processor(FAMILY), tmp_path / "out", report)
     assert same_tensors(masquant.load(tmp_path / "out"), model)
+
+
+def test_integer_factors_take_half_the_bytes_and_survive_a_round_trip(samples: Any, tmp_path: Path) -> None:
+    sizes, losses = {}, {}
+    batch = batches_of(samples, 4)[0].inputs
+    with torch.no_grad():
+        wanted = tiny_model(FAMILY)(**batch).logits
+    for factors in ("bfloat16", "int8"):
+        compensation = CompensationArgs(rank=8, factors=factors)  # type: ignore[arg-type]
+        recipe = Recipe.preset("gptq", "W4A8", 32, compensation=compensation)
+        model, report = run(samples, recipe)
+        sizes[factors] = report.bytes["compensation"]
+        save(model, tiny_processor(FAMILY), tmp_path / factors, report)
+        again = masquant.load(tmp_path / factors)
+        assert same_tensors(again, model)
+        with torch.no_grad():
+            losses[factors] = float((again(**batch).logits - wanted).square().mean())
+    assert 0.5 * sizes["bfloat16"] < sizes["int8"] < 0.53 * sizes["bfloat16"]
+    assert losses["int8"] == pytest.approx(losses["bfloat16"], rel=0.1)
 
 
 def test_refinement_lowers_the_loss_on_samples_that_decide(samples: Any) -> None:

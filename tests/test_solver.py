@@ -155,7 +155,7 @@ def test_hard_statistics(case: str) -> None:
     selection = SelectionArgs(byte_price=0.0)
     p = problem(recipe_of(compensation=CompensationArgs(rank=4), selection=selection), data, tokens(3, 40))
     s = solve_group(p)
-    for tensor in (s.text_scale, s.weight_scale, s.base, *(t for pair in s.patches.values() for t in pair)):
+    for tensor in (s.text_scale, s.weight_scale, s.base, *(t for p_ in s.patches.values() for t in (p_.a, p_.b))):
         assert bool(tensor.isfinite().all())
     baseline = solve_group(problem(recipe_of("none", "nearest"), data))
     if case not in ("few tokens", "one token"):
@@ -166,7 +166,7 @@ def test_hard_statistics(case: str) -> None:
 def test_rank_rules() -> None:
     def ranks(**args: object) -> set[int]:
         s = solve_group(problem(recipe_of(compensation=CompensationArgs(**args)), tokens()))  # type: ignore[arg-type]
-        return {a.shape[0] for a, _ in s.patches.values()}
+        return {patch.rank for patch in s.patches.values()}
 
     assert ranks(rank=5) == {5}
     assert ranks(rank_ratio=0.1) == {5}  # ceil(0.1 * 48)

@@ -200,14 +200,16 @@ def apply_solutions(
         bias = torch.cat([
             torch.zeros(m.out_features, device=fold.device) if m.bias is None else m.bias.float() for m in linears
         ])  # fmt: skip
-        ranks = {key: a.shape[0] for key, (a, _) in solution.patches.items()}
-        sites[group.name] = Site(solution.smooth_scale is not None, ranks)
+        ranks = {key: patch.rank for key, patch in solution.patches.items()}
+        factors = next((patch.factors for patch in solution.patches.values()), "bfloat16")
+        sites[group.name] = Site(solution.smooth_scale is not None, ranks, factors)
         modules = replace_group(
             block,
             group,
             activation_bits=recipe.scheme.input_activations.num_bits,
             has_smooth_scale=solution.smooth_scale is not None,
             ranks=ranks,
+            factors=factors,
             rotation=group_rotation(group, recipe.rotations),
             state=state,
             dtype=dtype,
@@ -219,7 +221,7 @@ def apply_solutions(
             weight_scale=solution.weight_scale * fold[:, None],
             bias=bias * fold,
             smooth_scale=solution.smooth_scale,
-            patches={key: (a, b * fold[:, None]) for key, (a, b) in solution.patches.items()},
+            patches=solution.patches,
         )
     return sites
 
@@ -233,7 +235,8 @@ def group_record(group: GroupPlan, solution: GroupSolution) -> dict[str, Any]:
         "group_size": group.linears[0].group_size or "channel",
         "errors": {m.value: e for m, e in solution.errors.items()},
         "candidates": [{"choice": n, "errors": {m.value: e for m, e in es.items()}} for n, es in solution.candidates],
-        "rank": {key: a.shape[0] for key, (a, _) in solution.patches.items()},
+        "rank": {key: patch.rank for key, patch in solution.patches.items()},
+        "factors": next((patch.factors for patch in solution.patches.values()), None),
         "bytes": {
             "packed": group.packed_bytes,
             "smooth_scale": vector_bytes(solution),

@@ -19,8 +19,65 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FACTOR_DTYPE = torch.bfloat16
+FACTOR_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 ALL_TOKENS = "all"  # key of a patch that serves every token, text too
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Factors as they are stored: bfloat16, or integers with one scale per rank.
+
+    Attributes:
+        a: [rank, in].
+        b: [out, rank], with the factor of each row that is folded into it.
+        scale: bfloat16 [rank], product of both factors' scales; None for bfloat16.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def store(cls, a: Tensor, b: Tensor, factors: str) -> Patch:
+        """Factors a [rank, in] and b [out, rank] rounded to "bfloat16" or "int8"."""
+        if factors == "bfloat16":
+            return cls(a.to(torch.bfloat16), b.to(torch.bfloat16))
+        scale_a, scale_b = absmax_of(a, 1).flatten(), absmax_of(b, 0).flatten()
+        scale = (scale_a * scale_b).to(torch.bfloat16)
+        scale_b = scale / scale_a  # b is rounded for the scale that is stored
+        return cls(
+            (a / scale_a[:, None]).round().to(torch.int8),
+            (b / scale_b).round().clamp(-127, 127).to(torch.int8),
+            scale,
+        )
+
+    @property
+    def rank(self) -> int:
+        """Columns of b."""
+        return self.a.shape[0]
+
+    @property
+    def factors(self) -> str:
+        """How it is stored: "bfloat16" or "int8"."""
+        return "bfloat16" if self.scale is None else "int8"
+
+    @property
+    def bytes(self) -> int:
+        """Of the stored tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.a, self.b, self.scale) if t is not None)
+
+    def output(self, smoothed: Tensor, row_fold: Tensor) -> Tensor:
+        """What the patch adds, [tokens, out], for smoothed inputs [tokens, in], before rows get `row_fold` [out]."""
+        projected = smoothed @ self.a.float().t()
+        if self.scale is not None:
+            projected = projected * self.scale.float()
+        return projected @ self.b.float().t() / row_fold
+
+
+def absmax_of(factor: Tensor, dim: int) -> Tensor:
+    """Scale that maps the largest magnitude along `dim` (kept) to 127; 1 where all are zero."""
+    scale = factor.double().abs().amax(dim, keepdim=True) / 127
+    return torch.where(scale > 0, scale, 1.0)
 
 
 @dataclass(frozen=True)
@@ -79,11 +136,11 @@ def low_rank_patch(difference: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]
     return vectors.t() @ difference.double(), vectors
 
 
-def rank_for_bytes(budget: float, in_features: int, out_features: int) -> int:
+def rank_for_bytes(budget: float, in_features: int, out_features: int, factors: str) -> int:
     """Largest rank whose factors fit in `budget` bytes."""
-    return min(int(budget // patch_bytes(1, in_features, out_features)), in_features, out_features)
+    return min(int(budget // rank_bytes(in_features, out_features, factors)), in_features, out_features)
 
 
-def patch_bytes(rank: int, in_features: int, out_features: int) -> int:
-    """Bytes of a patch of that rank."""
-    return rank * (in_features + out_features) * torch.finfo(FACTOR_DTYPE).bits // 8
+def rank_bytes(in_features: int, out_features: int, factors: str) -> int:
+    """Bytes of one rank of a patch stored as "bfloat16" or "int8"."""
+    return (in_features + out_features) * FACTOR_DTYPES[factors].itemsize + (2 if factors == "int8" else 0)

@@ -276,6 +276,8 @@ class CompensationArgs:
         max_bytes: share of the group's packed bytes, over all modalities.
         min_rank: rounds up small ranks (the paper's code never goes below 32).
         groups: the linear groups that are patched.
+        factors: how they are stored: bfloat16, or integers of 8 bits with one scale per rank; `auto` takes integers
+            unless their rounding costs more than the bytes they save would buy (with a budget; else integers).
     """
 
     tokens: Literal["modality", "all"] = "modality"
@@ -285,6 +287,7 @@ class CompensationArgs:
     max_bytes: float | None = None
     min_rank: int = 0
     groups: tuple[str, ...] = GROUP_NAMES
+    factors: Literal["bfloat16", "int8", "auto"] = "bfloat16"
 
     def __post_init__(self) -> None:
         _require(self.order == "after" or self.tokens == "all", "compensation.order 'before' needs tokens 'all'")
@@ -530,7 +533,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "masquant": {
         "smoothing": SmoothingArgs("modality"),
         "rounding": RoundingArgs("gptq", balance="gradient"),
-        "compensation": CompensationArgs(max_bytes=0.05),
+        "compensation": CompensationArgs(max_bytes=0.05, factors="auto"),
         "selection": SelectionArgs(),
         "rotation": RotationArgs(),
     },

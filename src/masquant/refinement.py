@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .compensation import ALL_TOKENS
 from .modality import Modality
 from .models import linear_of
 from .plan import GroupPlan
@@ -32,8 +33,8 @@ _EDGE = 0.499  # how near to the next integer a weight may start
 class _Group:
     """The variables of one group."""
 
-    def __init__(self, weight: Tensor, solution: GroupSolution, bounds: tuple[int, int]) -> None:
-        self.solution, self.bounds = solution, bounds
+    def __init__(self, weight: Tensor, solution: GroupSolution, row_fold: Tensor, bounds: tuple[int, int]) -> None:
+        self.solution, self.row_fold, self.bounds = solution, row_fold, bounds
         self.q = solution.q.float()
         self.size = self.q.shape[1] // solution.weight_scale.shape[1]
         step = solution.weight_scale.repeat_interleave(self.size, 1)
@@ -76,9 +77,10 @@ class _TrialLinear(nn.Module):
             flat = flat / solution.smooth_scale[ids]
         y = fake_quantize_through(flat, self.activation_bits, None) @ self.group.base()[self.rows].t()
         for m, modality in enumerate(self.modalities):
-            if any(key in solution.patches for key in (modality.value, "all")):
+            if any(key in solution.patches for key in (modality.value, ALL_TOKENS)):
                 chosen = (ids == m).nonzero().squeeze(1)
-                y = y.index_add(0, chosen, patch_output(solution, modality, flat[chosen])[:, self.rows])
+                added = patch_output(solution, modality, flat[chosen], self.group.row_fold)
+                y = y.index_add(0, chosen, added[:, self.rows])
         if self.bias_value is not None:
             y = y + self.bias_value
         return y.reshape(*x.shape[:-1], -1).to(x.dtype)
@@ -144,7 +146,7 @@ def refine_block(
         linears = [linear_of(block, p.name) for p in group.linears]
         weight = torch.cat([linear.weight.detach() for linear in linears])
         bounds = limits(group.linears[0].num_bits, full_range and group.linears[0].num_bits == 4)
-        trial = variables[group.name] = _Group(weight, solutions[group.name], bounds)
+        trial = variables[group.name] = _Group(weight, solutions[group.name], row_folds[group.name], bounds)
         start = 0
         for plan, linear in zip(group.linears, linears, strict=True):
             rows = slice(start, start + plan.out_features)

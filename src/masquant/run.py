@@ -137,7 +137,7 @@ class Run:
         sites = apply_solutions(block, groups, final, folds, self.state, self.recipe, self.model.dtype)
         if self.spending is not None:
             self.spending.left -= sum(added_bytes(s) for s in solutions.values())
-        self.sites.update({site_key(index, name): site for name, site in sites.items() if site != Site(False, {})})
+        self.sites.update({site_key(index, name): site for name, site in sites.items() if site != Site()})
         return {
             "block": index,
             "groups": [group_record(g, solutions[g.name]) for g in groups],
@@ -391,6 +391,7 @@ class Run:
                 activation_bits=self.recipe.scheme.input_activations.num_bits,
                 has_smooth_scale=site.has_smooth_scale,
                 ranks=site.ranks,
+                factors=site.factors,
                 rotation=group_rotation(group, self.recipe.rotations),
                 state=self.state,
                 dtype=self.model.dtype,

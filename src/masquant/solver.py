@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .calibration.statistics import GroupStatistics, Moments
-from .compensation import ALL_TOKENS, FACTOR_DTYPE, leading_vectors, low_rank_patch, patch_bytes, rank_for_bytes
+from .compensation import ALL_TOKENS, Patch, leading_vectors, low_rank_patch, rank_bytes, rank_for_bytes
 from .modality import Modality
 from .quantization import (
     GptqFactor,
@@ -117,7 +117,7 @@ class GroupSolution:
         smooth_scale: [modalities, in], divisors of the folded input, row 0 ones, exact in bfloat16; None if all ones.
         q: int8 [out, in].
         weight_scale: [out, groups], before `row_fold`.
-        patches: per modality, or for "all" tokens, a [rank, in] and b [out, rank], b before `row_fold`.
+        patches: per modality, or for "all" tokens, as they are stored.
         choice: what was chosen.
         errors: per modality, relative error ||y - y_ref||^2 / ||y_ref||^2 on the tokens held back (empty if none).
         candidates: per candidate tried, its name and errors.
@@ -127,7 +127,7 @@ class GroupSolution:
     smooth_scale: Tensor | None
     q: Tensor
     weight_scale: Tensor
-    patches: Mapping[str, tuple[Tensor, Tensor]]
+    patches: Mapping[str, Patch]
     choice: Choice
     errors: Mapping[Modality, float]
     candidates: tuple[tuple[str, Mapping[Modality, float]], ...] = ()
@@ -340,7 +340,8 @@ def _patch_rank(compensation: CompensationArgs, problem: GroupProblem, patched: 
         assert compensation.max_bytes is not None
         groups = in_features // (problem.group_size or in_features)
         packed = out_features * (in_features * problem.grid.num_bits // 8 + 2 * groups)
-        rank = rank_for_bytes(compensation.max_bytes * packed / patched, in_features, out_features)
+        budget = compensation.max_bytes * packed / patched
+        rank = rank_for_bytes(budget, in_features, out_features, _factors(compensation))
     return min(max(rank, compensation.min_rank), limit)
 
 
@@ -353,26 +354,33 @@ def _solve(fit: Fit, choice: Choice) -> GroupSolution:
     if choice.patched and compensation is not None and compensation.order == "before":
         smoothed = problem.weight * text
         identity = torch.eye(smoothed.shape[1], dtype=torch.float64, device=smoothed.device)
-        a, b = _patch(fit, smoothed, identity, _patch_rank(compensation, problem, 1))
-        q, scale = _round_base(fit, problem.weight - (b @ a) / text, text, ratio)
-        return GroupSolution(text, smooth, q, scale, {ALL_TOKENS: (a, b)}, choice, {})
+        patch = _patch(fit, smoothed, identity, _patch_rank(compensation, problem, 1))
+        taken = patch.output(identity.float(), problem.row_fold).t()
+        q, scale = _round_base(fit, problem.weight - taken / text, text, ratio)
+        return GroupSolution(text, smooth, q, scale, {ALL_TOKENS: patch}, choice, {})
     q, scale = _round_base(fit, problem.weight, text, ratio)
     solution = GroupSolution(text, smooth, q, scale, {}, choice, {})
     return _with_patches(fit, solution, choice) if choice.patched else solution
 
 
-def _patch(fit: Fit, difference: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors a [rank, in] and b [out, rank] for a difference [out, in], as they are stored, b before `row_fold`."""
+def _factors(compensation: CompensationArgs) -> str:
+    """How patches are stored where no budget decides."""
+    return "int8" if compensation.factors == "auto" else compensation.factors
+
+
+def _patch(fit: Fit, difference: Tensor, moment: Tensor, rank: int) -> Patch:
+    """Patch of a difference [out, in]."""
+    compensation = fit.problem.recipe.compensation
+    assert compensation is not None
     a, b = low_rank_patch(difference, leading_vectors(difference, moment, rank))
-    fold = fit.problem.row_fold[:, None]
-    return a.to(FACTOR_DTYPE).float(), (b.float() * fold).to(FACTOR_DTYPE).float() / fold
+    return Patch.store(a, b * fit.problem.row_fold[:, None], _factors(compensation))
 
 
 def _with_patches(fit: Fit, solution: GroupSolution, choice: Choice) -> GroupSolution:
     """The solution with a patch for every modality that has tokens, or one for all tokens."""
     problem, statistics = fit.problem, fit.statistics
     present = [m for m in range(1, len(problem.modalities)) if statistics.counts[m] > 0]
-    patches: dict[str, tuple[Tensor, Tensor]] = {}
+    patches: dict[str, Patch] = {}
     compensation = problem.recipe.compensation
     assert compensation is not None
     if compensation.tokens == "all":
@@ -391,15 +399,26 @@ def _with_patches(fit: Fit, solution: GroupSolution, choice: Choice) -> GroupSol
     return replace(solution, patches=patches, choice=choice)
 
 
-def _priced_patches(fit: Fit, solution: GroupSolution, present: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
+def _priced_patches(fit: Fit, solution: GroupSolution, present: list[int]) -> dict[str, Patch]:
     """Patches of which every rank removes more error per byte than the price, the best ranks first, within the bytes
-    allowed."""
+    allowed; stored in the way that leaves least error plus price of its bytes."""
+    compensation = fit.problem.recipe.compensation
+    assert compensation is not None
+    ways = ("int8", "bfloat16") if compensation.factors == "auto" else (compensation.factors,)
+    found = [_patches_stored(fit, solution, present, way) for way in ways]
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _patches_stored(
+    fit: Fit, solution: GroupSolution, present: list[int], factors: str
+) -> tuple[float, dict[str, Patch]]:
+    """What patches stored in one way change in error plus price of their bytes, and the patches."""
     problem = fit.problem
     assert problem.price is not None
     out_features, in_features = problem.weight.shape
-    cost = patch_bytes(1, in_features, out_features)
+    cost = rank_bytes(in_features, out_features, factors)
     most = min(max(problem.patch_bytes - vector_bytes(solution), 0) // cost, out_features, in_features)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     ranked: list[tuple[float, int]] = []
     for m in present if most else ():
         ratio = 1.0 if solution.smooth_scale is None else solution.smooth_scale[m]
@@ -408,17 +427,21 @@ def _priced_patches(fit: Fit, solution: GroupSolution, present: list[int]) -> di
         vectors = leading_vectors(difference, moment, min(most, _MOST_RANKS))
         projected = vectors.t() @ difference.double()
         energies = ((projected @ moment.double()) * projected).sum(1) * fit.importance[m]
-        found[m] = difference, vectors
+        found[m] = difference, vectors, moment.double()
         ranked += [(float(energy) / cost, m) for energy in energies]
     worth = [m for gain, m in sorted(ranked, reverse=True) if gain > problem.price][:most]
-    patches = {}
-    for m, (difference, vectors) in found.items():
+    patches: dict[str, Patch] = {}
+    change = 0.0
+    for m, (difference, vectors, moment) in found.items():
         if rank := worth.count(m):
             a, b = low_rank_patch(difference, vectors[:, :rank])
-            fold = problem.row_fold[:, None]
-            stored = a.to(FACTOR_DTYPE).float(), (b.float() * fold).to(FACTOR_DTYPE).float() / fold
-            patches[problem.modalities[m].value] = stored
-    return patches
+            patch = Patch.store(a, b * problem.row_fold[:, None], factors)
+            patches[problem.modalities[m].value] = patch
+            identity = torch.eye(in_features, device=a.device)
+            left = difference.double() - patch.output(identity, problem.row_fold).t().double()
+            errors = [float(((d @ moment) * d).sum()) for d in (left, difference.double())]
+            change += fit.importance[m] * (errors[0] - errors[1]) + problem.price * patch.bytes
+    return change, patches
 
 
 def group_output(
@@ -432,16 +455,15 @@ def group_output(
     smoothed = x / (solution.text_scale * ratio)
     bits = activation_bits or problem.recipe.scheme.input_activations.num_bits
     y = fake_quantize_tokens(smoothed, bits) @ solution.base.t()
-    return y + patch_output(solution, problem.modalities[m], smoothed)
+    return y + patch_output(solution, problem.modalities[m], smoothed, problem.row_fold)
 
 
-def patch_output(solution: GroupSolution, modality: Modality, smoothed: Tensor) -> Tensor:
-    """What the patches add for smoothed inputs [tokens, in] of a modality, [tokens, out]."""
+def patch_output(solution: GroupSolution, modality: Modality, smoothed: Tensor, row_fold: Tensor) -> Tensor:
+    """What the patches add for smoothed inputs [tokens, in] of a modality, [tokens, out], before `row_fold`."""
     y = smoothed.new_zeros(len(smoothed), len(solution.q))
     for key in (modality.value, ALL_TOKENS):
         if key in solution.patches:
-            a, b = solution.patches[key]
-            y = y + (smoothed @ a.t()) @ b.t()
+            y = y + solution.patches[key].output(smoothed, row_fold)
     return y
 
 
@@ -490,5 +512,4 @@ def added_bytes(solution: GroupSolution) -> int:
 
 def solution_patch_bytes(solution: GroupSolution) -> int:
     """Bytes of the patches."""
-    out_features, in_features = solution.q.shape
-    return sum(patch_bytes(a.shape[0], in_features, out_features) for a, _ in solution.patches.values())
+    return sum(patch.bytes for patch in solution.patches.values())

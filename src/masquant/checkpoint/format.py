@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..compensation import ALL_TOKENS, FACTOR_DTYPE
+from ..compensation import ALL_TOKENS, FACTOR_DTYPES
 from ..errors import CheckpointError, RecipeError
 from ..modality import Modality
 from ..models import ModelFamily
@@ -39,10 +39,12 @@ class Site:
 
     has_smooth_scale: bool = False
     ranks: Mapping[str, int] = field(default_factory=dict)
+    factors: str = "bfloat16"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; `parse_site` reads it back."""
-        return {"smooth_scale": self.has_smooth_scale, "rank": dict(self.ranks)}
+        factors = {} if self.factors == "bfloat16" else {"factors": self.factors}
+        return {"smooth_scale": self.has_smooth_scale, "rank": dict(self.ranks), **factors}
 
 
 @dataclass(frozen=True)
@@ -213,14 +215,17 @@ def parse_site(key: str, entry: Any, modalities: tuple[Modality, ...]) -> Site:
     Raises:
         CheckpointError: it is malformed, or has a patch for a modality that the model lacks.
     """
-    _need(isinstance(entry, Mapping) and set(entry) == {"smooth_scale", "rank"}, f"site {key} is malformed")
+    _need(isinstance(entry, Mapping), f"site {key} is malformed")
+    _need(set(entry) - {"factors"} == {"smooth_scale", "rank"}, f"site {key} is malformed")
+    factors = entry.get("factors", "bfloat16")
+    _need(isinstance(factors, str) and factors in FACTOR_DTYPES, f"site {key}: factors {factors!r}")
     _need(isinstance(entry["smooth_scale"], bool), f"site {key}: smooth_scale must be true or false")
     _need(isinstance(entry["rank"], Mapping), f"site {key}: rank must be a mapping")
     for name, rank in entry["rank"].items():
         known = name == ALL_TOKENS or _modality(name) in modalities[1:]
         _need(known, f"site {key}: a patch for {name}, which is no other modality of this model")
         _need(isinstance(rank, int) and not isinstance(rank, bool) and rank > 0, f"site {key}: rank {rank!r}")
-    return Site(entry["smooth_scale"], dict(entry["rank"]))
+    return Site(entry["smooth_scale"], dict(entry["rank"]), factors)
 
 
 def _parse_rotations(entry: Any) -> Rotations:
@@ -297,9 +302,12 @@ def linear_tensors(linear: LinearPlan, is_leader: bool, site: Site, modalities: 
     if is_leader and site.has_smooth_scale:
         tensors["smooth_scale"] = ((modalities, linear.in_features), SMOOTH_DTYPE)
     for key, rank in site.ranks.items():
+        dtype = FACTOR_DTYPES[site.factors]
         if is_leader:
-            tensors[f"compensation.{key}.a"] = ((rank, linear.in_features), FACTOR_DTYPE)
-        tensors[f"compensation.{key}.b"] = ((linear.out_features, rank), FACTOR_DTYPE)
+            tensors[f"compensation.{key}.a"] = ((rank, linear.in_features), dtype)
+        if is_leader and site.factors == "int8":
+            tensors[f"compensation.{key}.scale"] = ((rank,), SCALE_DTYPE)
+        tensors[f"compensation.{key}.b"] = ((linear.out_features, rank), dtype)
     return tensors
 
 

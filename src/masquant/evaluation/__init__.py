@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measuring what quantization took away."""
 
-from .evaluate import BaselineScores, evaluate, score_baseline
+from .baseline import BaselineScores
+from .evaluate import evaluate, score_baseline
 from .results import Evaluation, ModelDescription, SampleScore, comparison_dict
-from .table import evaluation_table, examples_table, human_bytes, markdown_table
+from .table import EvaluationTable, evaluation_table, examples_table, human_bytes, markdown_table
 
 __all__ = [
     "BaselineScores",
     "Evaluation",
+    "EvaluationTable",
     "ModelDescription",
     "SampleScore",
     "comparison_dict",

@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .metrics import error_rates, exact_match, ratio_of_sums
+from transformers import PreTrainedModel
 
-# Tasks whose answers are scored by word and character error rate; other answers by exact match.
-SPEECH_TASKS = frozenset({"speech", "asr", "transcription"})
+from .metrics import error_rates, exact_match, paired_difference, perplexity, ratio_of_sums
+
+# How decoded answers of a task are scored; plain texts have a perplexity instead
+ERROR_RATES, EXACT_MATCH = "error rates", "exact match"
+ANSWER_METRICS: Mapping[str, str] = {"speech": ERROR_RATES, "asr": ERROR_RATES, "transcription": ERROR_RATES}
+OTHER_ANSWERS = EXACT_MATCH
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,13 @@ class ModelDescription:
     scheme: str = "float"
     num_parameters: int = 0
     bytes: Mapping[str, int] = field(default_factory=lambda: {"base": 0, "compensation": 0, "float": 0})
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelDescription:
+        """Of an ordinary float model: where it came from, its parameters, and their bytes."""
+        size = model.get_memory_footprint()
+        sizes = {"base": 0, "compensation": 0, "float": size}
+        return cls(model.name_or_path, "float", model.num_parameters(), sizes)
 
 
 @dataclass(frozen=True)
@@ -65,23 +76,32 @@ class Evaluation:
             by_task.setdefault(sample.task, []).append(sample)
         return {task: task_metrics(task, scores) for task, scores in by_task.items()}
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON; values that are not numbers (NaN) become null."""
+    def to_dict(self, *, samples: bool = False) -> dict[str, Any]:
+        """As JSON; numbers that JSON lacks (NaN, infinite) become null.
+
+        Args:
+            samples: also every sample's scores and answers, under `samples`.
+
+        Returns:
+            `model`, `scheme`, `num_parameters`, `bytes`, `tasks`; with a cost also `seconds` and `peak_memory`.
+        """
         result: dict[str, Any] = {
             "model": self.description.model,
             "scheme": self.description.scheme,
             "num_parameters": self.description.num_parameters,
             "bytes": dict(self.description.bytes),
-            "tasks": {
-                task: {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in metrics.items()}
-                for task, metrics in self.tasks.items()
-            },
+            "tasks": {task: _finite(metrics) for task, metrics in self.tasks.items()},
         }
         if self.seconds is not None:
             result["seconds"] = self.seconds
             result["peak_memory"] = self.peak_memory
-        result["samples"] = [dataclasses.asdict(sample) for sample in self.samples]
+        if samples:
+            result["samples"] = [_finite(dataclasses.asdict(sample)) for sample in self.samples]
         return result
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def task_metrics(task: str, scores: Sequence[SampleScore]) -> dict[str, float]:
@@ -90,26 +110,33 @@ def task_metrics(task: str, scores: Sequence[SampleScore]) -> dict[str, float]:
     nll, nll_stderr = ratio_of_sums([s.nll for s in scores], tokens)
     metrics: dict[str, float] = {"num_samples": len(scores), "nll": nll, "nll_stderr": nll_stderr}
     if all(s.is_text for s in scores):
-        metrics["perplexity"] = math.exp(min(nll, 700.0))
+        metrics["perplexity"] = perplexity(nll)
     decoded = [s for s in scores if s.prediction is not None and s.reference is not None]
     if len(decoded) == len(scores):  # a few decoded examples are no measurement
         references = [s.reference or "" for s in decoded]
         predictions = [s.prediction or "" for s in decoded]
-        if task in SPEECH_TASKS:
+        if ANSWER_METRICS.get(task, OTHER_ANSWERS) == ERROR_RATES:
             metrics["wer"], metrics["cer"] = error_rates(references, predictions)
         else:
             metrics["exact_match"] = exact_match(references, predictions)
     if all(s.baseline_nll is not None for s in scores):
-        delta = [s.nll - (s.baseline_nll or 0.0) for s in scores]
-        metrics["delta_nll"], metrics["delta_nll_stderr"] = ratio_of_sums(delta, tokens)
+        baseline = [s.baseline_nll or 0.0 for s in scores]
+        metrics["delta_nll"], metrics["delta_nll_stderr"] = paired_difference(
+            [s.nll for s in scores], baseline, tokens
+        )
         metrics["kl"], metrics["kl_stderr"] = ratio_of_sums([s.kl or 0.0 for s in scores], tokens)
         metrics["top1_agreement"], _ = ratio_of_sums([float(s.agreed or 0) for s in scores], tokens)
     return metrics
 
 
-def comparison_dict(results: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """JSON of several methods: the float model and, under `methods`, each method with its change against it."""
+def comparison_dict(results: Mapping[str, Evaluation], *, samples: bool = False) -> dict[str, Any]:
+    """JSON of several methods: the float model and, under `methods`, each method with its change against it.
+
+    Args:
+        results: `float` and the methods.
+        samples: see `Evaluation.to_dict`.
+    """
     return {
-        "float": results["float"].to_dict(),
-        "methods": {name: result.to_dict() for name, result in results.items() if name != "float"},
+        "float": results["float"].to_dict(samples=samples),
+        "methods": {name: result.to_dict(samples=samples) for name, result in results.items() if name != "float"},
     }

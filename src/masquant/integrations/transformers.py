@@ -31,7 +31,14 @@ from ..runtime.build import replace_group
 from ..runtime.transforms import attach_residual_rotation
 
 _OWN_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "smooth_scale")
-_DTYPES = {"I32": torch.int32, "I64": torch.int64, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_DTYPES = {
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I8": torch.int8,
+}
 
 
 class MasquantConfig(QuantizationConfigMixin):
@@ -129,6 +136,7 @@ def build_quantized_shell(
                 activation_bits=checkpoint.activations.num_bits,
                 has_smooth_scale=site.has_smooth_scale,
                 ranks=site.ranks,
+                factors=site.factors,
                 rotation=group_rotation(group, checkpoint.rotations),
                 state=state,
                 dtype=dtype,

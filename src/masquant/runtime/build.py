@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..compensation import Patch
 from ..modality import ModalityState
 from ..plan import GroupPlan
 from ..rotation import Rotation
@@ -22,6 +23,7 @@ def replace_group(
     activation_bits: int,
     has_smooth_scale: bool,
     ranks: Mapping[str, int],
+    factors: str,
     rotation: Rotation | None,
     state: ModalityState,
     dtype: torch.dtype,
@@ -40,6 +42,7 @@ def replace_group(
             activation_bits,
             has_smooth_scale,
             dict(ranks),
+            factors,
             rotation,
             dtype,
         )
@@ -56,7 +59,7 @@ def fill_group(
     weight_scale: Tensor,
     bias: Tensor | None,
     smooth_scale: Tensor | None,
-    patches: Mapping[str, tuple[Tensor, Tensor]],
+    patches: Mapping[str, Patch],
 ) -> None:
     """Copy a group's tensors, rows of all its linears one below the other, into its modules."""
     start = 0
@@ -71,8 +74,11 @@ def fill_group(
         if module.smooth_scale is not None:
             assert smooth_scale is not None
             module.smooth_scale.copy_(smooth_scale)
-        for key, (a, b) in patches.items():
+        for key, patch in patches.items():
             factors = cast(Compensation, module.compensation[key])
-            factors.b.copy_(b[rows])
+            factors.b.copy_(patch.b[rows])
             if factors.a is not None:
-                factors.a.copy_(a)
+                factors.a.copy_(patch.a)
+            if factors.scale is not None:
+                assert patch.scale is not None
+                factors.scale.copy_(patch.scale)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..compensation import ALL_TOKENS, FACTOR_DTYPE
+from ..compensation import ALL_TOKENS, FACTOR_DTYPES
 from ..errors import ModelError
 from ..modality import Modality, ModalityState
 from ..quantization import SCALE_DTYPE, dequantize_weight, packed_columns, unpack
@@ -30,6 +30,7 @@ class LinearSpec:
         activation_bits: 6, 8 or 16.
         has_smooth_scale: whether the group has vectors that differ between modalities.
         ranks: rank of each patch, by modality, or "all" for one patch of all tokens.
+        factors: how patches are stored, "bfloat16" or "int8".
         rotation: of the group's input.
         dtype: of the bias (and of the model).
     """
@@ -42,6 +43,7 @@ class LinearSpec:
     activation_bits: int
     has_smooth_scale: bool
     ranks: Mapping[str, int]
+    factors: str
     rotation: Rotation | None
     dtype: torch.dtype
 
@@ -92,16 +94,22 @@ class GroupInput:
 
 
 class Compensation(nn.Module):
-    """Factors of one linear's patch: `b`, and `a` on the group's leader."""
+    """Factors of one linear's patch: `b`, and on the group's leader `a` and, of integers, `scale`."""
 
     a: Tensor | None
     b: Tensor
+    scale: Tensor | None
 
-    def __init__(self, rank: int, in_features: int | None, out_features: int, device: torch.device | None) -> None:
+    def __init__(
+        self, rank: int, in_features: int | None, out_features: int, factors: str, device: torch.device | None
+    ) -> None:
         super().__init__()
-        a = None if in_features is None else torch.zeros(rank, in_features, dtype=FACTOR_DTYPE, device=device)
+        dtype = FACTOR_DTYPES[factors]
+        a = None if in_features is None else torch.zeros(rank, in_features, dtype=dtype, device=device)
+        has_scale = in_features is not None and factors == "int8"
         self.register_buffer("a", a)
-        self.register_buffer("b", torch.zeros(out_features, rank, dtype=FACTOR_DTYPE, device=device))
+        self.register_buffer("b", torch.zeros(out_features, rank, dtype=dtype, device=device))
+        self.register_buffer("scale", torch.ones(rank, dtype=SCALE_DTYPE, device=device) if has_scale else None)
 
 
 class MasquantLinear(nn.Module):
@@ -109,7 +117,8 @@ class MasquantLinear(nn.Module):
 
     Buffers: `weight_packed` int32 [out, words], `weight_scale` bfloat16 [out, groups], `weight_shape` int64 [2],
     `bias` [out]; on the group's leader also `smooth_scale` bfloat16 [modalities, in] and `compensation.<modality>.a`
-    bfloat16 [rank, in]; `compensation.<modality>.b` bfloat16 [out, rank]. See `ops` for the formula.
+    bfloat16 or int8 [rank, in] (with bfloat16 `scale` [rank]); `compensation.<modality>.b` [out, rank]. See `ops` for
+    the formula.
     """
 
     weight_packed: Tensor
@@ -144,7 +153,9 @@ class MasquantLinear(nn.Module):
         self.register_buffer("smooth_scale", smooth)
         self.compensation = nn.ModuleDict(
             {
-                key: Compensation(rank, spec.in_features if self.is_leader else None, spec.out_features, device)
+                key: Compensation(
+                    rank, spec.in_features if self.is_leader else None, spec.out_features, spec.factors, device
+                )
                 for key, rank in spec.ranks.items()
             }
         )
@@ -177,7 +188,8 @@ class MasquantLinear(nn.Module):
                 continue
             row = -1 if name == ALL_TOKENS else self.state.tokens.index(Modality(name))
             patched.append(name)
-            projected.append(torch.ops.masquant.project_input(flat, rows, smooth, factors.a, row))
+            part = torch.ops.masquant.project_input(flat, rows, smooth, factors.a, row)
+            projected.append(part if factors.scale is None else part * factors.scale.float())
         return PreparedInput(x, q, scale, tuple(projected), tuple(patched))
 
     def forward(self, x: Tensor) -> Tensor:

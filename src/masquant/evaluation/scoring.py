@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a model on batches: the logits of the answers' tokens, what they say of each sample, and decoded answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..calibration.dataset import Sample
+from ..calibration.encoding import EncodedBatch, SampleEncoder
+from ..errors import DataError, ModelError
+from .metrics import answer_rows, token_agreement, token_kl, token_nll
+
+# Logits that are handled in float32 at a time: 256 MiB, whatever the vocabulary and the batch
+_FLOATS_AT_A_TIME = 2**26
+
+# Plain greedy decoding, whatever the model's generation config asks for; sampling's settings get their default values,
+# as some versions of transformers warn that others are ignored.
+_GREEDY: Mapping[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "use_cache": True,
+}
+
+
+@dataclass(frozen=True)
+class AnswerLogits:
+    """What a model says of the n answer tokens of a batch.
+
+    Attributes:
+        logits: [n, vocabulary], in the model's precision and on its device.
+        targets: integer [n], the answers' tokens; on CPU.
+        samples: integer [n], each one's sample in the batch; on CPU.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    samples: Tensor
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Of n answer tokens, on CPU: float64 `nll` [n]; against a reference float64 `kl` [n] and bool `agreed` [n]."""
+
+    nll: Tensor
+    kl: Tensor | None
+    agreed: Tensor | None
+
+
+def group_batches(
+    encoder: SampleEncoder, samples: Sequence[Sample], batch_size: int, *, with_answer: bool = True
+) -> tuple[int, Iterator[EncodedBatch]]:
+    """Batches whose samples all have the same kinds of media, and how many there are.
+
+    A short question about a picture in one batch with speech would mostly be padding.
+    """
+    groups: dict[tuple[bool, tuple[str, ...]], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.text is not None, sample.media), []).append(sample)
+    ordered = [groups[key] for key in sorted(groups)]
+    total = sum(-(-len(group) // batch_size) for group in ordered)
+    return total, (b for group in ordered for b in encoder.batches(group, batch_size, with_answer=with_answer))
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode; afterwards all its modules have the modes that they had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _projecting(model: PreTrainedModel, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the model's output head see only what `choose` takes of the hidden states [batch, tokens, features].
+
+    The vocabulary is so large that logits of all tokens may take more time than several decoder blocks, and more
+    memory than all of them. The model's own `logits_to_keep`, where it has one, knows nothing of masks.
+    """
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (choose(inputs[0]), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def answer_logits(model: PreTrainedModel, batch: EncodedBatch) -> AnswerLogits:
+    """Teacher-forced logits of a batch's answer tokens; those of all other tokens are not computed.
+
+    Raises:
+        ModelError: the model returns logits of other positions.
+    """
+    shape = batch.answer_mask.shape
+    samples, tokens = answer_rows(batch.answer_mask)
+
+    def choose(hidden: Tensor) -> Tensor:
+        if hidden.shape[:2] != shape:
+            return hidden
+        return hidden[samples.to(hidden.device), tokens.to(hidden.device) - 1][None]
+
+    inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.inputs.items()}
+    with _projecting(model, choose):
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    if logits.shape[:2] == (1, len(tokens)):
+        logits = logits[0]
+    elif logits.shape[:2] == shape:
+        logits = logits[samples.to(logits.device), tokens.to(logits.device) - 1]
+    else:
+        raise ModelError(
+            f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} for input_ids of shape "
+            f"{tuple(shape)}; they cannot be matched with the answers' tokens"
+        )
+    return AnswerLogits(logits, batch.inputs["input_ids"][samples, tokens].cpu(), samples)
+
+
+@torch.no_grad()
+def token_scores(answers: AnswerLogits, reference: Tensor | None) -> TokenScores:
+    """Likelihood of every answer token, and its distance from a reference model.
+
+    Args:
+        answers: what the model says.
+        reference: the other model's logits [n, vocabulary] of the same tokens.
+    """
+    device, (count, vocabulary) = answers.logits.device, answers.logits.shape
+    nll, kl, agreed = [], [], []
+    rows = max(1, _FLOATS_AT_A_TIME // vocabulary)
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        own = torch.log_softmax(answers.logits[part].float(), dim=-1)
+        nll.append(token_nll(own, answers.targets[part].to(device)).double().cpu())
+        if reference is not None:
+            other = torch.log_softmax(reference[part].to(device).float(), dim=-1)
+            kl.append(token_kl(other, own).double().cpu())
+            agreed.append(token_agreement(other, own).cpu())
+
+    def joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=dtype)
+
+    if reference is None:
+        return TokenScores(joined(nll, torch.float64), None, None)
+    return TokenScores(joined(nll, torch.float64), joined(kl, torch.float64), joined(agreed, torch.bool))
+
+
+def sample_scores(batch: EncodedBatch, answers: AnswerLogits, scores: TokenScores) -> list[dict[str, Any]]:
+    """Sums over each sample's answer tokens: `nll`, `tokens` and, with a reference, `kl` and `agreed`.
+
+    Raises:
+        DataError: the likelihood of a sample's answer is not finite.
+    """
+    entries: list[dict[str, Any]] = []
+    for i, sample in enumerate(batch.samples):
+        own = answers.samples == i
+        total = float(scores.nll[own].sum())
+        if not math.isfinite(total):
+            raise DataError(
+                f"sample {sample.id}: the model's likelihood of the answer is {total}; its weights or activations "
+                "overflow, or the sample is broken"
+            )
+        entry: dict[str, Any] = {"nll": total, "tokens": int(own.sum())}
+        if scores.kl is not None and scores.agreed is not None:
+            entry.update(kl=float(scores.kl[own].sum()), agreed=int(scores.agreed[own].sum()))
+        entries.append(entry)
+    return entries
+
+
+@torch.no_grad()
+def decode_answers(
+    model: PreTrainedModel, encoder: SampleEncoder, batch: EncodedBatch, max_new_tokens: int
+) -> dict[str, str]:
+    """Greedy answers by sample id to a batch that was encoded without answers."""
+    inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+    with _projecting(model, lambda hidden: hidden[:, -1:]):
+        output = model.generate(
+            **inputs, **_GREEDY, max_new_tokens=max_new_tokens, pad_token_id=encoder.tokenizer.pad_token_id
+        )
+    new = output[:, inputs["input_ids"].shape[1] :]
+    texts = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return {sample.id: text.strip() for sample, text in zip(batch.samples, texts, strict=True)}
