@@ -13,6 +13,7 @@ LAYERS = (
     {"errors", "version", "progress", "rotation"},
     {"strict", "modality"},
     {"recipe"},
+    {"rotation_learning"},
     {"models", "quantization"},
     {"compensation", "smoothing", "plan", "calibration"},
     {"runtime"},

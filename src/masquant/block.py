@@ -53,17 +53,22 @@ def _heads_of(group: LinearGroup, block: nn.Module, config: Any, features: int) 
 
 
 def rotate_block(
-    block: nn.Module, family: ModelFamily, groups: tuple[GroupPlan, ...], rotations: Rotations, config: Any
+    block: nn.Module,
+    family: ModelFamily,
+    groups: tuple[GroupPlan, ...],
+    rotations: Rotations,
+    config: Any,
+    learned: Tensor | None = None,
 ) -> None:
     """Fold the rotations into a float32 block, so that it does the same in the rotated stream.
 
     Readers of the residual stream take their norm's weight and R; writers give R^T; rotated group inputs are rotated
-    by a hook as long as the linear is in floating point.
+    by a hook as long as the linear is in floating point. `learned` is the learned part of the stream's rotation.
 
     Raises:
         ModelError: a norm with a bias, which no rotation can be folded behind.
     """
-    residual = rotations.of_residual(config.hidden_size)
+    residual = rotations.of_residual(config.hidden_size, learned)
     planned = {group.name: group for group in groups}
     for group in family.groups:
         linears = [linear_of(block, name) for name in group.linears]
@@ -94,6 +99,24 @@ def rotate_block(
             assert rotation is not None
             linear.weight.copy_(rotation.apply(linear.weight.double()))
             attach_input_rotation(linear, rotation)
+
+
+def stream_samples(
+    block: nn.Module, family: ModelFamily, rotation: Rotation, group_size: int, rows: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows [rows, hidden] of a float block's linears that read the residual stream and columns [hidden, group_size] of
+    those that write it, as the rotation's fixed part leaves them, float32."""
+    readers, writers = [], []
+    for group in family.groups:
+        for linear in (linear_of(block, name) for name in group.linears):
+            weight = linear.weight.detach().double()
+            if group.fold_kind == "norm":
+                gain = cast(Tensor, block.get_submodule(group.fold_into).weight).detach().double()
+                readers.append(rotation.apply(weight[:: max(len(weight) // rows, 1)] * gain).float())
+            if group.writes_residual:
+                starts = range(0, weight.shape[1], group_size)[:: max(weight.shape[1] // group_size // 4, 1)]
+                writers += [rotation.apply(weight[:, s : s + group_size].t()).t().float() for s in starts]
+    return readers, writers
 
 
 def text_realizer(block: nn.Module, group: GroupPlan, config: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

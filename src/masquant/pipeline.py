@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
+from .block import stream_samples
 from .calibration.block_inputs import BlockInputs, capture_block_inputs
 from .calibration.dataset import Sample, load_samples
 from .calibration.encoding import SampleEncoder
@@ -28,12 +30,13 @@ from .checkpoint.store import BlockStore, digest, tensor_digest
 from .errors import DataError
 from .integrations.transformers import adopt
 from .modality import Modality, ModalityState, attach_routing
-from .models import decoder_of, family_of, modality_tokens_of
+from .models import decoder_blocks, decoder_of, family_of, modality_tokens_of
 from .plan import make_plan
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
+from .rotation_learning import learn_rotation
 from .run import Run, peak_memory
-from .runtime.transforms import attach_residual_rotation
+from .runtime.transforms import LEARNED_ROTATION, attach_residual_rotation
 from .version import __version__
 
 SPILL_BYTES = 8 * 2**30  # hidden states beyond this go to a temporary folder
@@ -120,7 +123,8 @@ def quantize(
     store = open_store(model, recipe, calibration.samples, work_folder, resume) if work_folder else None
     inputs = calibration.block_inputs(model, processor, progress)
     gradients = calibration.gradients(model, recipe, inputs, device, progress)
-    rotate_stream(inputs, recipe, model.get_input_embeddings().embedding_dim)
+    learned = learned_rotation(model, recipe, device, progress)
+    rotate_stream(inputs, recipe, model.get_input_embeddings().embedding_dim, learned)
     counts = modality_counts(inputs, state.tokens.modalities)
     notes = [*plan.notes, *missing_notes(counts)]
     for note in notes:
@@ -132,6 +136,7 @@ def quantize(
         )
         progress.note(notes[-1])
     run = Run(model, recipe, plan, state, inputs, device, notes, progress, held_back, gradients)
+    run.learned_rotation = learned
     run.spend()
     records = [run.block(index, store) for index in progress.track(
         range(len(plan.blocks)), "quantizing", len(plan.blocks), "block"
@@ -140,6 +145,8 @@ def quantize(
         plan.family, run.plan.blocks, recipe.scheme.input_activations, recipe.ignore, run.sites, recipe.rotations
     )
     attach_routing(model, decoder_of(model), state)
+    if learned is not None:
+        decoder_of(model).register_buffer(LEARNED_ROTATION, learned)
     attach_residual_rotation(decoder_of(model), recipe.rotations)
     adopt(model, checkpoint)
     used = {"num_samples": len(calibration.samples), "tokens": {m.value: n for m, n in counts.items()}}
@@ -243,9 +250,33 @@ class Calibration:
         return self._gradients[key]
 
 
-def rotate_stream(inputs: BlockInputs, recipe: Recipe, size: int) -> None:
+def learned_rotation(
+    model: PreTrainedModel, recipe: Recipe, device: torch.device, progress: AbstractProgress
+) -> Tensor | None:
+    """The learned part of the residual stream's rotation [hidden, hidden], if the recipe has one."""
+    args = recipe.rotation.learned if recipe.rotation else None
+    if args is None:
+        return None
+    size = model.get_input_embeddings().embedding_dim
+    assert recipe.rotations is not None
+    rotation = recipe.rotations.of_residual(size)
+    assert rotation is not None
+    group_size = recipe.scheme.weights.group_size_for(size) or size
+    readers, writers = [], []
+    for block in decoder_blocks(model):
+        reads, writes = stream_samples(block, family_of(model.config), rotation, group_size, args.rows)
+        readers += [rows.to(device) for rows in reads]
+        writers += [columns.to(device) for columns in writes]
+    found = learn_rotation(readers, writers, group_size, args)
+    progress.note(
+        f"learned rotation: mean squared range of the weights' groups {found.before:.3f} -> {found.after:.3f}"
+    )
+    return found.matrix
+
+
+def rotate_stream(inputs: BlockInputs, recipe: Recipe, size: int, learned: Tensor | None) -> None:
     """Rotate the hidden states before the first block, where the recipe rotates the residual stream."""
-    rotation = recipe.rotations.of_residual(size) if recipe.rotations else None
+    rotation = recipe.rotations.of_residual(size, learned) if recipe.rotations else None
     for i in range(len(inputs.hidden) if rotation else 0):
         assert rotation is not None
         inputs.hidden[i] = rotation.apply(inputs.hidden[i])

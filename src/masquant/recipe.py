@@ -245,6 +245,25 @@ class BudgetArgs:
 
 
 @dataclass(frozen=True)
+class LearnedRotationArgs:
+    """The residual stream's rotation learned from the weights (`rotation_learning`).
+
+    Attributes:
+        steps: of steepest descent.
+        learning_rate: largest turn of a step, in radians.
+        rows: sampled of every linear.
+    """
+
+    steps: int = 60
+    learning_rate: float = 0.05
+    rows: int = 32
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0 and self.rows > 0, "rotation.learned.steps and rows must be positive")
+        _require(0 < self.learning_rate <= 1, f"rotation.learned.learning_rate is in (0, 1], got {self.learning_rate}")
+
+
+@dataclass(frozen=True)
 class RotationArgs:
     """Rotations that spread outliers over channels (QuaRot).
 
@@ -253,15 +272,21 @@ class RotationArgs:
         online_transforms: also what cannot be folded and runs with the model: the residual stream (once at the
             decoder's entrance and once at its end) and the input of `down`.
         seed: of the rotations' signs.
+        learned: learn the residual stream's; a matrix that is stored with the checkpoint.
     """
 
     heads: bool = True
     online_transforms: bool = True
     seed: int = 0
+    learned: LearnedRotationArgs | None = None
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"rotation.seed must not be negative, got {self.seed}")
         _require(self.heads or self.online_transforms, "rotation without heads and online_transforms rotates nothing")
+        _require(
+            self.learned is None or self.online_transforms,
+            "rotation.learned turns the residual stream, which needs online_transforms",
+        )
 
 
 @dataclass(frozen=True)
@@ -404,7 +429,8 @@ class Recipe:
         if self.rotation is None:
             return None
         online = self.rotation.online_transforms
-        return Rotations(self.rotation.seed, online, self.rotation.heads, ("down",) if online else ())
+        learned = self.rotation.learned is not None
+        return Rotations(self.rotation.seed, online, self.rotation.heads, ("down",) if online else (), learned)
 
     def fast(self) -> Recipe:
         """What takes long left out: no candidates are compared, no gradients measured, nothing is refined."""

@@ -11,7 +11,7 @@ in a checkpoint means the same transform on every machine and in every version.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -65,10 +65,11 @@ def _factors(n: int, seed: int, device: torch.device, dtype: torch.dtype) -> tup
 
 @dataclass(frozen=True)
 class Rotation:
-    """One orthogonal transform of `size` channels."""
+    """One orthogonal transform of `size` channels, then the orthogonal matrix `learned` [size, size] if given."""
 
     size: int
     seed: int
+    learned: Tensor | None = field(default=None, compare=False)
 
     def apply(self, x: Tensor) -> Tensor:
         """x R of x [..., size], in float32 (float64 if x is), returned in x's dtype."""
@@ -83,6 +84,9 @@ class Rotation:
         sign, factors = _factors(self.size, self.seed, x.device, dtype)
         shape = tuple(len(f) for f in factors)
         y = x.to(dtype)
+        learned = None if self.learned is None else self.learned.to(x.device, dtype)
+        if learned is not None and inverse:
+            y = y @ learned.t()
         if not inverse:
             y = y * sign
         y = y.reshape(-1, *shape)
@@ -91,6 +95,8 @@ class Rotation:
         y = y.reshape(x.shape)
         if inverse:
             y = y * sign
+        elif learned is not None:
+            y = y @ learned
         return y.to(x.dtype)
 
     def matrix(self) -> Tensor:
@@ -108,16 +114,18 @@ class Rotations:
             reads and writes the stream has it folded in.
         heads: values are rotated within each head; folded into the value rows and the output columns.
         groups: linear groups whose input is rotated when the model runs.
+        learned: the residual stream's rotation has a learned part, a tensor of the checkpoint.
     """
 
     seed: int = 0
     residual: bool = True
     heads: bool = True
     groups: tuple[str, ...] = ("down",)
+    learned: bool = False
 
-    def of_residual(self, size: int) -> Rotation | None:
-        """The residual stream's."""
-        return Rotation(size, 4 * self.seed) if self.residual else None
+    def of_residual(self, size: int, learned: Tensor | None = None) -> Rotation | None:
+        """The residual stream's, with its learned part [size, size] if it has one."""
+        return Rotation(size, 4 * self.seed, learned) if self.residual else None
 
     def of_heads(self, size: int) -> Rotation | None:
         """Of one head's values."""

@@ -78,6 +78,7 @@ class Run:
     sites: dict[str, Site] = field(default_factory=dict)
     float_hidden: HiddenStates | None = None
     spending: Spending | None = None
+    learned_rotation: Tensor | None = None
 
     def __post_init__(self) -> None:
         learned = self.recipe.smoothing.learned
@@ -111,7 +112,8 @@ class Run:
         block = (deepcopy(block) if copy else block).to(self.device).float()
         if self.recipe.rotations is not None:
             config = decoder_of(self.model).config
-            rotate_block(block, self.plan.family, self.plan.blocks[index], self.recipe.rotations, config)
+            rotations, learned = self.recipe.rotations, self.learned_rotation
+            rotate_block(block, self.plan.family, self.plan.blocks[index], rotations, config, learned)
         return block
 
     def solve(self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ With A_m = X_m / s_m and importance w_m of modality m the group's error is
   G = sum_m w_m X_m^T A_m; B* = W diag(s) where all vectors are equal. GPTQ then rounds B* under H, which is exact,
   because the error is quadratic around B* with Hessian H. Rounding to nearest starts from text's W diag(s_text), as
   in the paper.
-- The patch of each modality removes what it can of W diag(s_m) - B, B's rounding error included.
+- The patch of each modality removes what it can of W diag(s_m) - B, B's rounding error included. B may then be solved
+  and rounded once more for what the patches leave to it, and the patches after it.
 
 Where the recipe has a selection, candidates are solved on the fitting samples and judged by the real error,
 activations quantized, on tokens of samples held back. It goes from simple to complex: first the strength of one
@@ -98,6 +99,7 @@ class Choice:
     strength: float
     spread: float
     patched: bool
+    again: bool = False
 
     def __str__(self) -> str:
         if self.strength == 0 and self.spread == 0:
@@ -105,7 +107,7 @@ class Choice:
         else:
             kind = {0.0: "shared vector", 1.0: "own vectors"}.get(self.spread, f"vectors at spread {self.spread:g}")
             vectors = f"{kind}, strength {self.strength:g}"
-        return vectors + (", patch" if self.patched else "")
+        return vectors + (", patch" if self.patched else "") + (", base again" if self.again else "")
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,8 @@ def _select(problem: GroupProblem, mode: str) -> GroupSolution:
             consider(Choice(strength, spread, False))
     if _may_patch(problem) and (problem.price is None or problem.patch_bytes):
         consider(Choice(best.choice.strength, best.choice.spread, True), best)
+    if best.patches and problem.recipe.rounding.method == "gptq":
+        consider(replace(best.choice, again=True))
     final = _solve(Fit(problem, problem.statistics.merged()), best.choice)
     return replace(final, errors=errors, candidates=tuple((str(choice), e) for choice, e in tried))
 
@@ -301,9 +305,11 @@ def _vectors(fit: Fit, choice: Choice) -> tuple[Tensor, Tensor]:
     return text, ratio.to(SMOOTH_DTYPE).float()
 
 
-def _round_base(fit: Fit, target: Tensor, text: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+def _round_base(
+    fit: Fit, target: Tensor, text: Tensor, ratio: Tensor, patches: Mapping[str, Patch] | None = None
+) -> tuple[Tensor, Tensor]:
     """Integers [out, in] and scales [out, groups] of the base weight for the target [out, in] of the unsmoothed input;
-    it meets inputs divided by text * ratio."""
+    it meets inputs divided by text * ratio, beside what `patches` give already."""
     problem = fit.problem
     bits, rounding = problem.grid.num_bits, problem.recipe.rounding
     full_range = problem.recipe.scheme.weights.full_range
@@ -311,11 +317,14 @@ def _round_base(fit: Fit, target: Tensor, text: Tensor, ratio: Tensor) -> tuple[
         scale = absmax_scale(target * text, bits, problem.group_size, problem.row_fold)
         return quantize_weight(target * text, scale, bits), scale
     hessian = fit.hessian
-    if rounding.method == "gptq" and bool((ratio != 1).any()):
+    if rounding.method == "gptq" and (patches or bool((ratio != 1).any())):
         # B* = W G H^-1; the damping of H pulls towards W rather than towards zero.
         hessian, cross = fit.hessians(ratio)
         h = damped(hessian, rounding.damping)
         right = target.double() @ (cross.double() + h - hessian.double())
+        for m, modality in enumerate(problem.modalities) if patches else ():
+            given = _patch_weight(problem, patches or {}, modality) / (text * ratio[m])
+            right -= given.double() @ (fit.moment[m].double() * (fit.importance[m] / ratio[m].double()))
         target = torch.linalg.solve(h, right.t()).t().float()
     if rounding.clip_search:
         importance = hessian.diagonal() / text.to(hessian.dtype).square()
@@ -326,6 +335,13 @@ def _round_base(fit: Fit, target: Tensor, text: Tensor, ratio: Tensor) -> tuple[
         factor = fit.factor if hessian is fit.hessian else factorize(hessian, rounding.damping)
         return round_gptq(target, scale, factor, bits, text, full_range), scale
     return quantize_weight(target * text, scale, bits, full_range), scale
+
+
+def _patch_weight(problem: GroupProblem, patches: Mapping[str, Patch], modality: Modality) -> Tensor:
+    """What the patches do to smoothed inputs of a modality, as a weight [out, in] before `row_fold`."""
+    identity = torch.eye(problem.weight.shape[1], device=problem.weight.device)
+    parts = [p.output(identity, problem.row_fold).t() for k, p in patches.items() if k in (modality.value, ALL_TOKENS)]
+    return sum(parts, torch.zeros_like(problem.weight))
 
 
 def _patch_rank(compensation: CompensationArgs, problem: GroupProblem, patched: int) -> int:
@@ -360,7 +376,12 @@ def _solve(fit: Fit, choice: Choice) -> GroupSolution:
         return GroupSolution(text, smooth, q, scale, {ALL_TOKENS: patch}, choice, {})
     q, scale = _round_base(fit, problem.weight, text, ratio)
     solution = GroupSolution(text, smooth, q, scale, {}, choice, {})
-    return _with_patches(fit, solution, choice) if choice.patched else solution
+    if choice.patched:
+        solution = _with_patches(fit, solution, choice)
+    if choice.again and solution.patches:
+        q, scale = _round_base(fit, problem.weight, text, ratio, solution.patches)
+        solution = _with_patches(fit, replace(solution, q=q, weight_scale=scale), choice)
+    return solution
 
 
 def _factors(compensation: CompensationArgs) -> str:

@@ -28,7 +28,7 @@ from ..models import decoder_blocks, decoder_of, family_of, modality_tokens_of
 from ..plan import GroupPlan, group_rotation, plan_block, site_key
 from ..runtime import MasquantLinear
 from ..runtime.build import replace_group
-from ..runtime.transforms import attach_residual_rotation
+from ..runtime.transforms import LEARNED_ROTATION, attach_residual_rotation, reserve_learned_rotation
 
 _OWN_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "smooth_scale")
 _DTYPES = {
@@ -84,6 +84,7 @@ class MasquantQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_loaded(model)
+        check_learned_rotation(decoder_of(model))
         attach_routing(model, decoder_of(model), state_of(model))
         attach_residual_rotation(decoder_of(model), self.format.rotations)
         return model
@@ -143,6 +144,7 @@ def build_quantized_shell(
                 device="meta",
             )
         plans.append(groups)
+    reserve_learned_rotation(decoder_of(model), checkpoint.rotations)
     stray = sorted(set(checkpoint.sites) - used)
     if stray:
         raise CheckpointError(f"quantization_config: site {stray[0]!r} names no quantized group of the model")
@@ -252,6 +254,23 @@ def check_loaded(model: nn.Module) -> None:
             for part, tensor in factors.named_buffers():
                 if not bool(tensor.isfinite().all()):
                     raise CheckpointError(f"{name}.compensation.{modality}.{part} holds values that are not finite")
+
+
+def check_learned_rotation(decoder: nn.Module) -> None:
+    """Check that the learned part of a residual rotation is orthogonal.
+
+    Raises:
+        CheckpointError: it is not, or was not loaded.
+    """
+    matrix = getattr(decoder, LEARNED_ROTATION, None)
+    if matrix is None or matrix.is_meta:
+        return
+    q = matrix.float()
+    error = float((q @ q.t() - torch.eye(len(q), device=q.device)).abs().max())
+    if not error < 0.05:  # also NaN
+        raise CheckpointError(
+            f"{LEARNED_ROTATION} is not orthogonal (off by {error:.2g}); the checkpoint lacks it or is damaged"
+        )
 
 
 def _positive(name: str, tensor: torch.Tensor) -> None:

@@ -5,23 +5,35 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..rotation import Rotation, Rotations
 
+LEARNED_ROTATION = "residual_rotation"  # the decoder's buffer with the learned part, float32 [hidden, hidden]
+
+
+def reserve_learned_rotation(decoder: nn.Module, rotations: Rotations | None) -> None:
+    """Give the decoder its buffer for the learned part, on the meta device, to be loaded into."""
+    if rotations is not None and rotations.learned:
+        size = cast(Any, decoder).config.hidden_size
+        decoder.register_buffer(LEARNED_ROTATION, torch.empty(size, size, device="meta"))
+
 
 def attach_residual_rotation(decoder: nn.Module, rotations: Rotations | None) -> None:
     """Rotate the hidden states as they enter the first block of `decoder`, and back as they enter its last norm.
 
-    Embeddings, encoders and lm_head stay as they are. Nothing is done without a rotation.
+    Embeddings, encoders and lm_head stay as they are. A learned part is taken from the decoder's buffer. Nothing is
+    done without a rotation.
 
     Raises:
         ModelError: the decoder has no last norm.
     """
     norm = getattr(decoder, "norm", None)
     size = cast(Any, decoder).config.hidden_size
-    rotation = rotations.of_residual(size) if rotations else None
+    learned = getattr(decoder, LEARNED_ROTATION) if rotations and rotations.learned else None
+    rotation = rotations.of_residual(size, learned) if rotations else None
     if rotation is None:
         return
     if not isinstance(norm, nn.Module):
