@@ -22,7 +22,7 @@ def test_a_file_can_start_from_a_preset() -> None:
     recipe = Recipe.from_dict({"preset": "masquant", "scheme": "W4A6", "group_size": 32, "compensation": {"rank": 4}})
     assert recipe.scheme.name == "W4A6"
     assert recipe.scheme.weights.group_size == 32
-    assert recipe.compensation == CompensationArgs(rank=4)
+    assert recipe.compensation == CompensationArgs(rank=4, factors="auto")
     assert recipe.selection == Recipe.preset("masquant").selection
 
 

@@ -131,7 +131,8 @@ def test_gptq_beats_nearest_and_own_vectors_help_quiet_modalities_at_six_bits() 
 
 def test_selection_is_never_worse_than_the_simplest_on_held_tokens() -> None:
     held = tokens(seed=7, count=60)
-    recipe = recipe_of(compensation=CompensationArgs(max_bytes=0.1), selection=SelectionArgs())
+    selection = SelectionArgs(activation_share=0.0, byte_price=0.0)
+    recipe = recipe_of(compensation=CompensationArgs(max_bytes=0.1), selection=selection)
     p = problem(recipe, tokens(), held)
     s = solve_group(p)
     simplest = dict(s.candidates[0][1])

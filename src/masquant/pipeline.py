@@ -8,9 +8,10 @@ weight, patches); fold and put the quantized linears in place; run it again for 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from .run import Run, peak_memory
 from .runtime.transforms import LEARNED_ROTATION, attach_residual_rotation
 from .version import __version__
 
+COMPARED_BLOCKS = 2  # on which rotations are tried
+WORST_CHANGE = 1.25  # of a modality's error, up to which rotations that help the others are kept
 SPILL_BYTES = 8 * 2**30  # hidden states beyond this go to a temporary folder
 
 
@@ -123,12 +126,16 @@ def quantize(
     store = open_store(model, recipe, calibration.samples, work_folder, resume) if work_folder else None
     inputs = calibration.block_inputs(model, processor, progress)
     gradients = calibration.gradients(model, recipe, inputs, device, progress)
-    learned = learned_rotation(model, recipe, device, progress)
-    rotate_stream(inputs, recipe, model.get_input_embeddings().embedding_dim, learned)
     counts = modality_counts(inputs, state.tokens.modalities)
     notes = [*plan.notes, *missing_notes(counts)]
     for note in notes:
         progress.note(note)
+    if recipe.rotation is not None and recipe.rotation.compare:
+        rotated, note = rotation_pays(Run(model, recipe, plan, state, inputs, device, [], progress))
+        notes.append(note)
+        recipe = recipe if rotated else replace(recipe, rotation=None)
+    learned = learned_rotation(model, recipe, device, progress)
+    rotate_stream(inputs, recipe, model.get_input_embeddings().embedding_dim, learned)
     held_back = held_back_ids(calibration.samples, recipe.selection.held_back) if recipe.selection else set()
     if recipe.selection and not held_back:
         notes.append(
@@ -248,6 +255,28 @@ class Calibration:
                 model, groups, inputs, samples=key[0], seed=key[1], device=device, progress=progress
             )
         return self._gradients[key]
+
+
+def rotation_pays(run: Run) -> tuple[bool, str]:
+    """Whether the model's first blocks lose less with the recipe's rotations than without, and what to report.
+
+    Both are rounded in the simplest way, on copies. The errors of the blocks' outputs must fall on the geometric mean
+    over blocks and modalities, and grow much for no modality.
+    """
+    recipe = run.recipe.fast()
+    count = min(COMPARED_BLOCKS, len(run.plan.blocks))
+    change: dict[str, float] = {}
+    for candidate, sign in ((recipe, 1), (replace(recipe, rotation=None), -1)):
+        inputs = run.inputs.copy()
+        rotate_stream(inputs, candidate, run.model.get_input_embeddings().embedding_dim, None)
+        trial = replace(run, recipe=candidate, inputs=inputs, notes=[], sites={})
+        for index in range(count):
+            for modality, error in trial.rehearse(index).items():
+                change[modality] = change.get(modality, 0.0) + sign * math.log(max(error, 1e-30)) / count
+    factors = {modality: math.exp(value) for modality, value in change.items()}
+    pays = sum(change.values()) < 0 and max(factors.values()) < WORST_CHANGE
+    words = ", ".join(f"{modality} by {factor:.2f}" for modality, factor in factors.items())
+    return pays, f"rotations multiply the error of the first blocks: {words}; {'kept' if pays else 'left out'}"
 
 
 def learned_rotation(

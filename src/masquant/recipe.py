@@ -273,12 +273,14 @@ class RotationArgs:
             decoder's entrance and once at its end) and the input of `down`.
         seed: of the rotations' signs.
         learned: learn the residual stream's; a matrix that is stored with the checkpoint.
+        compare: round the first blocks with and without the rotations, and leave them out where that is better.
     """
 
     heads: bool = True
     online_transforms: bool = True
     seed: int = 0
     learned: LearnedRotationArgs | None = None
+    compare: bool = False
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"rotation.seed must not be negative, got {self.seed}")
@@ -561,7 +563,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounding": RoundingArgs("gptq", balance="gradient"),
         "compensation": CompensationArgs(max_bytes=0.05, factors="auto"),
         "selection": SelectionArgs(),
-        "rotation": RotationArgs(),
+        "rotation": RotationArgs(compare=True),
     },
 }
 FULL_RANGE = {"masquant"}  # methods whose weights use every integer of their bits

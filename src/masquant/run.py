@@ -106,6 +106,11 @@ class Run:
         block.to(self.model.device)
         return record
 
+    def rehearse(self, index: int) -> dict[str, float]:
+        """Quantize a copy of a block and advance the hidden states through it; its error per modality."""
+        error: dict[str, float] = self.solve(self.prepare(index, copy=True), index, self.plan.blocks[index])["error"]
+        return error
+
     def prepare(self, index: int, *, copy: bool = False) -> nn.Module:
         """The block (or a copy) on the run's device, in float32 and rotated if the recipe says so."""
         block = decoder_blocks(self.model)[index]

@@ -15,11 +15,10 @@ With A_m = X_m / s_m and importance w_m of modality m the group's error is
 
 Where the recipe has a selection, candidates are solved on the fitting samples and judged by the real error,
 activations quantized, on tokens of samples held back. It goes from simple to complex: first the strength of one
-shared vector, then the spread towards each modality's own vector, then the patch; vectors only where the activations'
-rounding matters. A step must be better by the margin
-than what it replaces, or by more where it takes bytes, and leave no modality worse than the simplest candidate does.
-The winner is solved again on all samples. Where no sample is held back, the simplest candidate is taken. Everything is
-a pure function of tensors.
+shared vector, then the spread towards each modality's own vector (both only where rounding the activations matters),
+then the patch, then the base again. A step must be better by the margin than what it replaces, or by more where it
+takes bytes, and leave no modality worse than the simplest candidate does. The winner is solved again on all samples.
+Where no sample is held back, the simplest candidate is taken. Everything is a pure function of tensors.
 """
 
 from __future__ import annotations
@@ -230,6 +229,7 @@ def _select(problem: GroupProblem, mode: str) -> GroupSolution:
         return solution, tried[-1][1]
 
     packed = problem.weight.numel() * problem.grid.num_bits / 8
+    byte_price = selection.byte_price if problem.price is None else 0.0  # a budget has its own
     best, errors = attempt(Choice(0.0, 0.0, False))
     simplest = errors
 
@@ -237,15 +237,12 @@ def _select(problem: GroupProblem, mode: str) -> GroupSolution:
         nonlocal best, errors
         solution, found = attempt(choice, base)
         worst = max(found[m] / max(simplest[m], 1e-30) for m in found)
-        share = (added_bytes(solution) - added_bytes(best)) / packed
-        wanted = max(selection.margin, selection.byte_price * share)
-        if _gain(errors, found, problem.modality_weights) > wanted and not (
-            selection.protect and worst > 1 + selection.margin
-        ):
+        more_bytes = (added_bytes(solution) - added_bytes(best)) / packed
+        wins = _gain(errors, found, problem.modality_weights) > max(selection.margin, byte_price * more_bytes)
+        if wins and not (selection.protect and worst > 1 + selection.margin):
             best, errors = solution, found
 
-    share = max(activation_share(problem, best, references).values(), default=0.0)
-    if share < selection.activation_share:
+    if max(activation_share(problem, best, references).values(), default=0.0) < selection.activation_share:
         mode = "none"
     for strength in selection.strengths if mode != "none" else ():
         if strength > 0:
