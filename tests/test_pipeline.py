@@ -120,7 +120,7 @@ class Interrupted(Exception):
 def test_resume_gives_the_same_tensors(
     samples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    recipe = Recipe.preset("masquant", "W4A8", 32, **OWN)
+    recipe = Recipe.preset("masquant", "W4A8", 32, **OWN, rotation=RotationArgs())  # nothing is rehearsed
     whole, whole_report = run(samples, recipe)
     work = tmp_path / "out.partial"
     original = pipeline.Run.solve
@@ -399,7 +399,7 @@ def test_integer_factors_take_half_the_bytes_and_survive_a_round_trip(samples: A
 
 
 def test_refinement_lowers_the_loss_on_samples_that_decide(samples: Any) -> None:
-    plain = dataclasses.replace(Recipe.preset("masquant", "W4A8", 32), budget=None)
+    plain = Recipe.preset("masquant", "W4A8", 32, rotation=RotationArgs())
     refined = dataclasses.replace(plain, refinement=RefinementArgs(steps=20, learning_rate=0.05))
     _, before = run(samples, plain)
     model, after = run(samples, refined)
@@ -436,5 +436,15 @@ def test_transforms_and_patches_of_all_tokens_survive_a_round_trip(samples: Any,
         assert torch.equal(again(**batch).logits, model(**batch).logits)
     if method == "svdquant":
         assert all(set(g["rank"]) == {"all"} for b in report.blocks for g in b["groups"])
-    else:
+    if method == "quarot":
         assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["rotation"]["residual"]
+
+
+def test_rotations_are_left_out_where_a_modality_loses(samples: Any) -> None:
+    """The report says what was compared; what is left out is neither in the format nor in the model."""
+    model, report = run(samples, Recipe.preset("masquant", "W4A8", 32))
+    (note,) = [n for n in report.notes if n.startswith("rotations multiply the error")]
+    assert all(m in note for m in ("text", "vision", "audio"))
+    kept = note.endswith("kept")
+    assert (report.format.rotations is not None) == kept == (report.recipe.rotation is not None)
+    assert bool(decoder_blocks(model)[0]._forward_pre_hooks) == kept
