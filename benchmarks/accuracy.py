@@ -121,7 +121,7 @@ def tables() -> dict[str, tuple[str, dict[str, Recipe]]]:
 
 def row_of(result: Evaluation) -> dict[str, Any]:
     """What is kept of one evaluation."""
-    return {**{k: v for k, v in result.to_dict().items() if k != "samples"}, "losses": losses_of(result)}
+    return {**{k: v for k, v in result.to_dict().items() if k != "model"}, "losses": losses_of(result)}
 
 
 def losses_of(result: Evaluation) -> dict[str, list[float]]:

@@ -1,11 +1,22 @@
 """Recipes: strict, versioned, and the named ones read back as they were."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from masquant.errors import RecipeError
-from masquant.recipe import PRESETS, SCHEMES, CompensationArgs, Recipe, Scheme, WeightArgs
+from masquant.recipe import (
+    PRESETS,
+    SCHEMES,
+    BudgetArgs,
+    CompensationArgs,
+    Recipe,
+    RotationArgs,
+    Scheme,
+    WeightArgs,
+)
 
 
 @pytest.mark.parametrize("method", PRESETS)
@@ -77,3 +88,43 @@ def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
         Recipe.from_yaml(file)
     with pytest.raises(RecipeError, match="cannot read the recipe"):
         Recipe.from_yaml(tmp_path / "none.yaml")
+
+
+def test_the_readmes_recipe_is_one(tmp_path: Path) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(example)
+    recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
+    assert recipe.rotation == RotationArgs(online_transforms=False, compare=True)
+    assert recipe.budget == BudgetArgs(0.05) and recipe.scheme.weights.full_range
+    assert recipe.scheme.name == "W4A6" and recipe.scheme.weights.group_size == 64
+
+
+def test_efforts() -> None:
+    """Fast leaves out what takes long and keeps the grid and the rotations; refined adds to the rest."""
+    default = Recipe.preset("masquant")
+    fast, refined = default.with_effort("fast"), default.with_effort("refined")
+    assert default.with_effort("default") == default
+    assert not fast.needs_gradients and fast.selection is None and fast.rotation is not None
+    assert fast.scheme.weights.full_range and fast.rounding.method == "gptq"
+    assert refined.refinement is not None and refined.selection == default.selection
+    assert Recipe.preset("gptq").fast() == Recipe.preset("gptq")
+    assert Recipe.preset("awq").fast().smoothing == Recipe.preset("awq").smoothing
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": {"max_bytes": 3.0}}, "budget.max_bytes"),
+        ({"rotation": {"heads": False, "online_transforms": False}}, "rotates nothing"),
+        ({"rotation": {"online_transforms": False, "learned": {"steps": 3}}}, "needs online_transforms"),
+        ({"gradient": {"cap": 0.0}}, "gradient.cap"),
+        ({"refinement": {"steps": 0}}, "refinement.steps"),
+        ({"modality_weights": "loudness"}, "modality_weights must be one of"),
+        ({"compensation": {"order": "before"}}, "needs tokens 'all'"),
+        ({"rounding": {"method": "nearest"}, "budget": {}}, "budget needs rounding.method 'gptq'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        Recipe.from_dict({"preset": "masquant", **change})
