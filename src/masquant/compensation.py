@@ -73,6 +73,10 @@ class Patch:
             projected = projected * self.scale.float()
         return projected @ self.b.float().t() / row_fold
 
+    def weight(self, row_fold: Tensor) -> Tensor:
+        """What the patch does to smoothed inputs as a weight, float32 [out, in], before rows get `row_fold`."""
+        return self.output(torch.eye(self.a.shape[1], device=self.a.device), row_fold).t()
+
 
 def absmax_of(factor: Tensor, dim: int) -> Tensor:
     """Scale that maps the largest magnitude along `dim` (kept) to 127; 1 where all are zero."""

@@ -23,10 +23,11 @@ from .modality import Modality
 from .models import linear_of
 from .plan import GroupPlan
 from .quantization import limits, round_scale
-from .recipe import RefinementArgs
-from .smoothing.learned import fake_quantize_through, swapped
+from .recipe import LearnedArgs, RefinementArgs
+from .smoothing.learned import fake_quantize_through, modality_loss, swapped
 from .solver import GroupSolution, patch_output
 
+_LOSS = LearnedArgs(loss="mse", normalizer="modality_mean")
 _EDGE = 0.499  # how near to the next integer a weight may start
 
 
@@ -95,17 +96,6 @@ class Refined:
     loss_after: float
 
 
-def balanced_loss(error: Tensor, ids: Tensor, mask: Tensor, weights: Sequence[float]) -> Tensor:
-    """sum_m w_m mean over m's tokens of the squared error [batch, tokens, features]."""
-    per_token = error.float().square().mean(-1)
-    total = per_token.new_zeros(())
-    for m, weight in enumerate(weights):
-        chosen = (ids == m) & mask
-        if bool(chosen.any()):
-            total = total + weight * per_token[chosen].mean()
-    return total
-
-
 def refine_block(
     block: nn.Module,
     groups: Sequence[GroupPlan],
@@ -145,7 +135,7 @@ def refine_block(
     for group in groups:
         linears = [linear_of(block, p.name) for p in group.linears]
         weight = torch.cat([linear.weight.detach() for linear in linears])
-        bounds = limits(group.linears[0].num_bits, full_range and group.linears[0].num_bits == 4)
+        bounds = limits(group.linears[0].num_bits, full_range)
         trial = variables[group.name] = _Group(weight, solutions[group.name], row_folds[group.name], bounds)
         start = 0
         for plan, linear in zip(group.linears, linears, strict=True):
@@ -160,7 +150,7 @@ def refine_block(
         ids, fit_mask, decide_mask = batches[i]
         current[0] = ids
         error = run(i) - targets[i].to(ids.device)
-        return balanced_loss(error, ids, decide_mask if decide else fit_mask, weights)
+        return modality_loss(error, ids, decide_mask if decide else fit_mask, weights, _LOSS)
 
     def judge() -> float:
         with torch.no_grad():

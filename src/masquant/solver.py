@@ -336,8 +336,7 @@ def _round_base(
 
 def _patch_weight(problem: GroupProblem, patches: Mapping[str, Patch], modality: Modality) -> Tensor:
     """What the patches do to smoothed inputs of a modality, as a weight [out, in] before `row_fold`."""
-    identity = torch.eye(problem.weight.shape[1], device=problem.weight.device)
-    parts = [p.output(identity, problem.row_fold).t() for k, p in patches.items() if k in (modality.value, ALL_TOKENS)]
+    parts = [p.weight(problem.row_fold) for k, p in patches.items() if k in (modality.value, ALL_TOKENS)]
     return sum(parts, torch.zeros_like(problem.weight))
 
 
@@ -368,8 +367,7 @@ def _solve(fit: Fit, choice: Choice) -> GroupSolution:
         smoothed = problem.weight * text
         identity = torch.eye(smoothed.shape[1], dtype=torch.float64, device=smoothed.device)
         patch = _patch(fit, smoothed, identity, _patch_rank(compensation, problem, 1))
-        taken = patch.output(identity.float(), problem.row_fold).t()
-        q, scale = _round_base(fit, problem.weight - taken / text, text, ratio)
+        q, scale = _round_base(fit, problem.weight - patch.weight(problem.row_fold) / text, text, ratio)
         return GroupSolution(text, smooth, q, scale, {ALL_TOKENS: patch}, choice, {})
     q, scale = _round_base(fit, problem.weight, text, ratio)
     solution = GroupSolution(text, smooth, q, scale, {}, choice, {})
@@ -402,19 +400,23 @@ def _with_patches(fit: Fit, solution: GroupSolution, choice: Choice) -> GroupSol
     compensation = problem.recipe.compensation
     assert compensation is not None
     if compensation.tokens == "all":
-        s = solution.text_scale
-        moment = fit.hessian / torch.outer(s, s)
-        patch = _patch(fit, problem.weight * s - solution.base, moment, _patch_rank(compensation, problem, 1))
+        patch = _patch(fit, *_missing(fit, solution, 0, fit.hessian), _patch_rank(compensation, problem, 1))
         return replace(solution, patches={ALL_TOKENS: patch}, choice=choice)
     if problem.price is not None:
         return replace(solution, patches=_priced_patches(fit, solution, present), choice=choice)
     rank = _patch_rank(compensation, problem, len(present)) if present else 0
     for m in present if rank else ():
-        ratio = 1.0 if solution.smooth_scale is None else solution.smooth_scale[m]
-        s = solution.text_scale * ratio
-        patch = _patch(fit, problem.weight * s - solution.base, fit.moment[m] / torch.outer(s, s), rank)
+        patch = _patch(fit, *_missing(fit, solution, m, fit.moment[m]), rank)
         patches[problem.modalities[m].value] = patch
     return replace(solution, patches=patches, choice=choice)
+
+
+def _missing(fit: Fit, solution: GroupSolution, m: int, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """What the base misses for modality number m, W diag(s_m) - B [out, in], and the second moment of its smoothed
+    inputs, given that of its inputs."""
+    ratio = 1.0 if solution.smooth_scale is None else solution.smooth_scale[m]
+    s = solution.text_scale * ratio
+    return fit.problem.weight * s - solution.base, moment / torch.outer(s, s)
 
 
 def _priced_patches(fit: Fit, solution: GroupSolution, present: list[int]) -> dict[str, Patch]:
@@ -439,9 +441,7 @@ def _patches_stored(
     found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     ranked: list[tuple[float, int]] = []
     for m in present if most else ():
-        ratio = 1.0 if solution.smooth_scale is None else solution.smooth_scale[m]
-        s = solution.text_scale * ratio
-        difference, moment = problem.weight * s - solution.base, fit.moment[m] / torch.outer(s, s)
+        difference, moment = _missing(fit, solution, m, fit.moment[m])
         vectors = leading_vectors(difference, moment, min(most, _MOST_RANKS))
         projected = vectors.t() @ difference.double()
         energies = ((projected @ moment.double()) * projected).sum(1) * fit.importance[m]
@@ -455,8 +455,7 @@ def _patches_stored(
             a, b = low_rank_patch(difference, vectors[:, :rank])
             patch = Patch.store(a, b * problem.row_fold[:, None], factors)
             patches[problem.modalities[m].value] = patch
-            identity = torch.eye(in_features, device=a.device)
-            left = difference.double() - patch.output(identity, problem.row_fold).t().double()
+            left = difference.double() - patch.weight(problem.row_fold).double()
             errors = [float(((d @ moment) * d).sum()) for d in (left, difference.double())]
             change += fit.importance[m] * (errors[0] - errors[1]) + problem.price * patch.bytes
     return change, patches
