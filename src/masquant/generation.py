@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers token by token: transformers' encoders, positions and head around the kernels' decoder.
+
+`stream` gives the tokens that `model.generate` would give, without its cost per token. What the kernels cannot run goes
+through `generate` itself, which `native_decoder` explains.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .errors import KernelError, ModelError
+from .integrations.transformers import state_of
+from .models import decoder_of
+from .runtime.decoder import NativeDecoder, unsupported
+
+_PROBE_TOKENS = 6
+_PROBE_TOLERANCE = 0.1  # rounding of activations flips with float32's last bits; another formula is off by more than 1
+
+_decoders: weakref.WeakKeyDictionary[PreTrainedModel, NativeDecoder] = weakref.WeakKeyDictionary()
+
+
+def native_decoder(model: PreTrainedModel) -> NativeDecoder:
+    """The model's decoder in the kernels, made and compared with the model's own forward at the first call.
+
+    Raises:
+        KernelError: why the kernels cannot run it.
+    """
+    decoder = decoder_of(model)
+    found = _decoders.get(model)
+    if found is not None:
+        return found
+    problem = unsupported(decoder)
+    if problem is not None:
+        raise KernelError(f"{type(model).__name__} cannot decode in the kernels: {problem}")
+    native = NativeDecoder(decoder, state_of(model))
+    error = _difference(model, native)
+    if not error < _PROBE_TOLERANCE:
+        raise KernelError(
+            f"{type(model).__name__} cannot decode in the kernels: its decoder computes something else (its logits "
+            f"differ by {error:.2g} of their size)"
+        )
+    _decoders[model] = native
+    return native
+
+
+@torch.inference_mode()
+def _difference(model: PreTrainedModel, native: NativeDecoder) -> float:
+    """Relative difference of the logits of some tokens, the last ones decoded one by one."""
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+    ids = (torch.arange(_PROBE_TOKENS) * 37 + 5) % max(vocabulary // 2, 1)
+    wanted = model(input_ids=ids[None], use_cache=False).logits[0, 2:].float()
+    native.reset()
+    with native.in_place():
+        found = [model(input_ids=ids[None, :3], attention_mask=torch.ones(1, 3, dtype=torch.long)).logits[0].float()]
+    cosine, sine = native.rotary(native.next_position + torch.arange(_PROBE_TOKENS)[None])
+    for i, token in enumerate(ids[3:].tolist()):
+        found.append(_step(model, native, token, cosine[i : i + 1], sine[i : i + 1]))
+    native.reset()
+    centred = wanted - wanted.mean(-1, keepdim=True)
+    return float((torch.cat(found) - wanted).norm() / centred.norm())
+
+
+def _step(model: PreTrainedModel, native: NativeDecoder, token: int, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Logits [1, vocabulary] after one more text token."""
+    embedding = model.get_input_embeddings()(torch.tensor([token]))
+    last = native.forward(embedding, None, cosine, sine)
+    return cast(Any, model).lm_head(last.to(embedding.dtype)).float()
+
+
+def _settings(model: PreTrainedModel, max_new_tokens: int, options: Mapping[str, Any]) -> GenerationConfig:
+    """The model's generation config with changes.
+
+    Raises:
+        ModelError: an option that `stream` does not know.
+    """
+    settings = copy.deepcopy(model.generation_config) or GenerationConfig()
+    unknown = settings.update(**options, max_new_tokens=max_new_tokens)
+    if unknown:
+        raise ModelError(f"generation knows no option {', '.join(sorted(unknown))}")
+    if (settings.num_beams or 1) != 1:
+        raise ModelError("answers are streamed token by token: num_beams must be 1")
+    return settings
+
+
+def _processors(settings: GenerationConfig) -> LogitsProcessorList:
+    """What is done to the logits, in transformers' order."""
+    chain = LogitsProcessorList()
+    if settings.repetition_penalty not in (None, 1.0):
+        chain.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.do_sample:
+        if settings.temperature not in (None, 1.0):
+            chain.append(TemperatureLogitsWarper(settings.temperature))
+        if settings.top_k:
+            chain.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p not in (None, 1.0):
+            chain.append(TopPLogitsWarper(settings.top_p))
+        if settings.min_p is not None:
+            chain.append(MinPLogitsWarper(settings.min_p))
+    return chain
+
+
+def _ends(settings: GenerationConfig) -> set[int]:
+    end = settings.eos_token_id
+    return set(end) if isinstance(end, list) else set() if end is None else {int(end)}
+
+
+def stream(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    *,
+    max_new_tokens: int = 256,
+    seed: int | None = None,
+    **options: Any,
+) -> Iterator[int]:
+    """Token ids of the answer, one by one, without the end token.
+
+    Args:
+        model: quantized, in memory of the CPU.
+        inputs: of the processor, one conversation without padding.
+        max_new_tokens: at most so many.
+        seed: of sampling.
+        options: of `GenerationConfig` on top of the model's own: do_sample, temperature, top_k, top_p, min_p,
+            repetition_penalty.
+
+    Raises:
+        KernelError: the kernels cannot run this model.
+        ModelError: an unknown option, or more than one conversation.
+    """
+    settings = _settings(model, max_new_tokens, options)
+    ids = inputs["input_ids"]
+    if ids.shape[0] != 1:
+        raise ModelError(f"one conversation at a time, got {ids.shape[0]}")
+    return _tokens(model, native_decoder(model), dict(inputs), settings, max_new_tokens, seed)
+
+
+def _tokens(
+    model: PreTrainedModel,
+    native: NativeDecoder,
+    inputs: dict[str, Any],
+    settings: GenerationConfig,
+    max_new_tokens: int,
+    seed: int | None,
+) -> Iterator[int]:
+    processors, ends = _processors(settings), _ends(settings)
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    sequence = inputs["input_ids"]
+    with torch.inference_mode():
+        native.reset()
+        native.reserve(sequence.shape[1] + max_new_tokens)
+        with native.in_place():
+            logits = model(**inputs).logits[:, -1].float()
+        cosine, sine = native.rotary(native.next_position + torch.arange(max_new_tokens)[None])
+    for i in range(max_new_tokens):
+        with torch.inference_mode():
+            scores = processors(sequence, logits)
+            if settings.do_sample:
+                token = int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+            else:
+                token = int(scores.argmax(-1))
+        if token in ends:
+            return
+        yield token
+        if i + 1 < max_new_tokens:
+            with torch.inference_mode():
+                if processors:
+                    sequence = torch.cat((sequence, torch.tensor([[token]])), dim=1)
+                logits = _step(model, native, token, cosine[i : i + 1], sine[i : i + 1])
+
+
+__all__ = ["KernelError", "native_decoder", "stream"]
