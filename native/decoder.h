@@ -21,6 +21,7 @@ mq_group largest_group(const mq_decoder& d) {
             const mq_layer& layer = d.layer[i];
             const mq_group* g = j == 0 ? &layer.qkv : j == 1 ? &layer.o : j == 2 ? &layer.gate_up : &layer.down;
             if (g->padded_in > all.padded_in) all.padded_in = g->padded_in;
+            if (g->activation_bits > all.activation_bits) all.activation_bits = g->activation_bits;
             if (g->max_rank > all.max_rank) all.max_rank = g->max_rank;
             if (groups_of(*g) > groups) groups = groups_of(*g);
         }

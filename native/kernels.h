@@ -11,8 +11,7 @@
 namespace {
 
 constexpr int B = MQ_BLOCK;
-constexpr int STREAMS = 4;  // blocks of long rows that are multiplied at once with a single token
-constexpr int64_t LONG_BLOCK = 1 << 16;  // bytes; shorter ones are faster one by one
+constexpr int64_t LONG_BLOCK = 1 << 16;  // bytes; longer ones are faster several at once
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -27,11 +26,12 @@ struct Arena {
     }
 };
 
-// A group's input, smoothed, rotated, rounded and projected.
+// A group's input, smoothed, rotated, rounded and projected. A token has one row, or with 16-bit activations two, whose
+// products are added.
 struct Prepared {
-    int8_t* q;  // [tokens, padded_in]
-    float* scale;  // [tokens]
-    int32_t* correction;  // [tokens, groups]: takes the weights' offset off
+    int8_t* q;  // [rows, padded_in]
+    float* scale;  // [rows]
+    int32_t* correction;  // [rows, groups]: takes the weights' offset off
     float* u;  // [tokens, max_rank]
 };
 
@@ -42,6 +42,7 @@ struct Private {  // of one thread
     Prepared one;  // a single token's, which every thread prepares for itself instead of waiting for another
 };
 
+inline int terms_of(const mq_group& g) { return g.activation_bits == 16 ? 2 : 1; }
 inline int groups_of(const mq_group& g) { return g.padded_in / g.group_size; }
 inline int64_t blocks_of(const mq_group& g) {
     int64_t n = 0;
@@ -51,9 +52,10 @@ inline int64_t blocks_of(const mq_group& g) {
 
 Prepared take_prepared(Arena& a, const mq_group& g, int64_t tokens) {
     Prepared p;
-    p.q = a.take<int8_t>(tokens * g.padded_in);
-    p.scale = a.take<float>(tokens);
-    p.correction = a.take<int32_t>(tokens * groups_of(g));
+    const int64_t rows = tokens * terms_of(g);
+    p.q = a.take<int8_t>(rows * g.padded_in);
+    p.scale = a.take<float>(rows);
+    p.correction = a.take<int32_t>(rows * groups_of(g));
     p.u = a.take<float>(tokens * g.max_rank);
     return p;
 }
@@ -147,6 +149,32 @@ inline const mq_patch* patch_of(const mq_group& g, const uint8_t* rows, int64_t 
     return p->rank ? p : nullptr;
 }
 
+// v [padded_in] as integers; what they leave is put in its place if `rest`.
+void quantize(const mq_group& g, float* v, bool rest, int8_t* q, float* scale, int32_t* correction) {
+    vi top = {};  // magnitudes as integers: NaN is largest, so that it is not lost
+    for (int k = 0; k < g.padded_in; k += L) top = maximum(top, bits(load<vf>(v + k)) & 0x7fffffff);
+    const int32_t top_bits = largest(top);
+    float absmax;
+    memcpy(&absmax, &top_bits, 4);
+    const float limit = (float)((1 << ((g.activation_bits < 8 ? g.activation_bits : 8) - 1)) - 1);
+    float step = absmax / limit;
+    if (step == 0) step = 1;
+    *scale = step;
+    const int32_t offset = 1 << (g.bits - 1);
+    for (int i = 0, k = 0; i < groups_of(g); i++) {
+        vi total = {};
+        for (int end = k + g.group_size; k < end; k += L) {
+            vf x = load<vf>(v + k);
+            vf r = minimum(maximum(round_even(x / step), set1(-limit)), set1(limit));
+            vi n = __builtin_convertvector(r, vi);
+            total += n;
+            store(q + k, __builtin_convertvector(n, vb));
+            if (rest) store(v + k, x - r * step);
+        }
+        correction[i] = -offset * sum(total);
+    }
+}
+
 // One token: v [padded_in], zero beyond in_features, is overwritten by the rotated and smoothed input.
 void prepare_token(const mq_group& g, float* v, float* other, int modality, int8_t* q, float* scale,
                    int32_t* correction, float* u) {
@@ -162,33 +190,16 @@ void prepare_token(const mq_group& g, float* v, float* other, int modality, int8
             v[k] /= f;
         }
     }
-    vi top = {};  // magnitudes as integers: NaN is largest, so that it is not lost
-    for (int k = 0; k < g.padded_in; k += L) top = maximum(top, bits(load<vf>(v + k)) & 0x7fffffff);
-    const int32_t top_bits = largest(top);
-    float absmax;
-    memcpy(&absmax, &top_bits, 4);
-    const float limit = (float)((1 << (g.activation_bits - 1)) - 1);
-    float step = absmax / limit;
-    if (step == 0) step = 1;
-    *scale = step;
-    const int32_t offset = 1 << (g.bits - 1);
-    for (int i = 0, k = 0; i < groups_of(g); i++) {
-        vi total = {};
-        for (int end = k + g.group_size; k < end; k += L) {
-            vf r = round_even(load<vf>(v + k) / step);
-            vi n = __builtin_convertvector(minimum(maximum(r, set1(-limit)), set1(limit)), vi);
-            total += n;
-            store(q + k, __builtin_convertvector(n, vb));
-        }
-        correction[i] = -offset * sum(total);
-    }
     if (g.patches && g.patches[modality].rank) project(g, g.patches[modality], v, u);
+    const int terms = terms_of(g);
+    for (int i = 0; i < terms; i++)
+        quantize(g, v, i + 1 < terms, q + (int64_t)i * g.padded_in, scale + i, correction + i * groups_of(g));
 }
 
 // Inputs of all tokens; fill(token, row) writes one [padded_in]. The result is complete on return.
 template <class Fill>
 Prepared prepare(const mq_group& g, const Private& mine, Prepared all, int64_t tokens, const uint8_t* rows, Fill fill) {
-    const int groups = groups_of(g);
+    const int groups = groups_of(g), terms = terms_of(g);
     if (tokens == 1) {
         fill(0, mine.row);
         prepare_token(g, mine.row, mine.other, rows ? rows[0] : 0, mine.one.q, mine.one.scale, mine.one.correction,
@@ -198,8 +209,8 @@ Prepared prepare(const mq_group& g, const Private& mine, Prepared all, int64_t t
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
         fill(t, mine.row);
-        prepare_token(g, mine.row, mine.other, rows ? rows[t] : 0, all.q + t * g.padded_in, all.scale + t,
-                      all.correction + t * groups, all.u + t * g.max_rank);
+        prepare_token(g, mine.row, mine.other, rows ? rows[t] : 0, all.q + t * terms * g.padded_in,
+                      all.scale + t * terms, all.correction + t * terms * groups, all.u + t * g.max_rank);
     }
     return all;
 }
@@ -257,68 +268,90 @@ inline void add_patch(const mq_patch& patch, const float* u, int64_t block, int6
 
 inline int64_t block_bytes(const mq_group& g) { return (int64_t)g.padded_in * g.bits * B / 8; }
 
-// NB neighbouring blocks of rows times one token: several streams keep more memory requests in flight.
-template <int BITS, int NB>
-void block_product(const mq_group& g, int64_t block, const int8_t* q, const int32_t* correction, vf (*y)[P]) {
-    const int groups = groups_of(g), lines = g.group_size * BITS * B / 8 / 64;  // of 64 bytes, an even number
+// NB neighbouring blocks times NR rows of a prepared input; several blocks keep more memory requests in flight.
+template <int BITS, int NR, int NB>
+void block_product(const mq_group& g, int64_t block, const Prepared& in, int64_t row, vf (*y)[NB][P]) {
+    const int groups = groups_of(g), lines = g.group_size * BITS * B / 8 / 64;  // of 64 bytes
     const int64_t bytes = block_bytes(g);
     const uint8_t* w = g.weight + block * bytes;
     const uint16_t* s = g.scale + block * groups * B;
-    vf total[NB][P] = {};
+    const int8_t* q = in.q + row * g.padded_in;
+    const int32_t* correction = in.correction + row * groups;
+    vf total[NR][NB][P] = {};
     for (int i = 0; i < groups; i++, s += B) {
-        vi a[NB][2][P] = {};
-        for (int j = 0; j < NB * P; j++) a[j / P][0][j % P] = set1(correction[i]);
-        for (int c = 0; c < lines; c++, w += 64) {
-            int32_t x[2];
-            memcpy(x, q, BITS == 4 ? 8 : 4);
-            q += BITS == 4 ? 8 : 4;
+        vi a[NR][NB][2][P] = {};
+        for (int n = 0; n < NR; n++)
+            for (int j = 0; j < NB * P; j++) a[n][j / P][0][j % P] = set1(correction[n * groups + i]);
+        for (int c = 0; c < lines; c++, w += 64, q += 32 / BITS) {
 #pragma GCC unroll 4
             for (int j = 0; j < NB; j++) {
                 __builtin_prefetch(w + j * bytes + (NB == 1 ? 4096 : 2048));
 #pragma GCC unroll 4
                 for (int p = 0; p < P; p++) {
-                    vi v = load<vi>(w + j * bytes + 4 * p * L);
-                    if (BITS == 4) {
-                        a[j][0][p] = dot<false>(a[j][0][p], v & 0x0f0f0f0f, set1(x[0]));
-                        a[j][1][p] = dot<false>(a[j][1][p], (v >> 4) & 0x0f0f0f0f, set1(x[1]));
-                    } else {
-                        a[j][0][p] = dot<true>(a[j][0][p], v, set1(x[0]));
+                    const vi v = load<vi>(w + j * bytes + 4 * p * L);
+#pragma GCC unroll 4
+                    for (int n = 0; n < NR; n++) {
+                        int32_t x[2];
+                        memcpy(x, q + (int64_t)n * g.padded_in, 32 / BITS);
+                        vi* to = &a[n][j][0][p];
+                        if (BITS == 4) {
+                            *to = dot<false>(*to, v & 0x0f0f0f0f, set1(x[0]));
+                            to = &a[n][j][1][p];
+                            *to = dot<false>(*to, (v >> 4) & 0x0f0f0f0f, set1(x[1]));
+                        } else {
+                            *to = dot<true>(*to, v, set1(x[0]));
+                        }
                     }
                 }
             }
         }
 #pragma GCC unroll 4
         for (int j = 0; j < NB; j++)
-            for (int p = 0; p < P; p++)
-                total[j][p] += to_float(a[j][0][p] + a[j][1][p]) * load_bf16(s + j * groups * B + p * L);
+            for (int p = 0; p < P; p++) {
+                const vf scale = load_bf16(s + j * groups * B + p * L);
+                for (int n = 0; n < NR; n++) total[n][j][p] += to_float(a[n][j][0][p] + a[n][j][1][p]) * scale;
+            }
     }
-    for (int j = 0; j < NB; j++)
-        for (int p = 0; p < P; p++) y[j][p] = total[j][p];
+    for (int n = 0; n < NR; n++)
+        for (int j = 0; j < NB * P; j++) y[n][j / P][j % P] = total[n][j / P][j % P];
 }
 
-template <int BITS, int NB>
-void multiply_blocks(const mq_group& g, const Prepared& in, int64_t block, const mq_patch* patch, const Output& out) {
-    vf y[NB][P];
-    block_product<BITS, NB>(g, block, in.q, in.correction, y);
-    for (int j = 0; j < NB; j++) {
-        for (int p = 0; p < P; p++) y[j][p] *= in.scale[0];
-        add_bias(g, block + j, y[j]);
-        if (patch) add_patch(*patch, in.u, block + j, blocks_of(g) * B, y[j]);
-        emit(out, target_of(g, out, block + j), 0, y[j]);
+// A token's result y [P] from its row's product, or with TERMS 2 also from the next row's, `stride` vectors on.
+template <int TERMS>
+inline void combine(const Prepared& in, int64_t row, vf* y, int64_t stride) {
+    for (int p = 0; p < P; p++) {
+        y[p] *= in.scale[row];
+        if (TERMS == 2) y[p] += y[stride + p] * in.scale[row + 1];
     }
 }
 
-template <int BITS>
-void multiply_token(const mq_group& g, const Prepared& in, const uint8_t* rows, const Output& out) {
+template <int BITS, int TERMS, int NR, int NB>
+void multiply_blocks(const mq_group& g, const Prepared& in, int64_t block, const uint8_t* rows, const Output& out) {
+    vf y[NR][NB][P];
+    block_product<BITS, NR, NB>(g, block, in, 0, y);
+    for (int n = 0; n < NR; n += TERMS)
+        for (int j = 0; j < NB; j++) {
+            combine<TERMS>(in, n, y[n][j], NB * P);
+            add_bias(g, block + j, y[n][j]);
+            const int64_t token = n / TERMS;
+            if (const mq_patch* patch = patch_of(g, rows, token))
+                add_patch(*patch, in.u + token * g.max_rank, block + j, blocks_of(g) * B, y[n][j]);
+            emit(out, target_of(g, out, block + j), token, y[n][j]);
+        }
+}
+
+// Few rows: weights are read once, straight from memory.
+template <int BITS, int TERMS, int NR>
+void multiply_few(const mq_group& g, const Prepared& in, const uint8_t* rows, const Output& out) {
     const int64_t blocks = blocks_of(g);
-    const mq_patch* patch = patch_of(g, rows, 0);
     // Each thread walks its own stretch of memory.
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
     int64_t b = blocks * me / all;
     const int64_t end = blocks * (me + 1) / all;
-    if (block_bytes(g) >= LONG_BLOCK)
-        for (; b + STREAMS <= end; b += STREAMS) multiply_blocks<BITS, STREAMS>(g, in, b, patch, out);
-    for (; b < end; b++) multiply_blocks<BITS, 1>(g, in, b, patch, out);
+    constexpr int STREAMS = NR == 1 ? 4 : 1;  // blocks that are multiplied at once
+    if (STREAMS > 1 && block_bytes(g) >= LONG_BLOCK)
+        for (; b + STREAMS <= end; b += STREAMS) multiply_blocks<BITS, TERMS, NR, STREAMS>(g, in, b, rows, out);
+    for (; b < end; b++) multiply_blocks<BITS, TERMS, NR, 1>(g, in, b, rows, out);
 #pragma omp barrier
 }
 
@@ -339,13 +372,16 @@ void unpack_panel(const mq_group& g, int64_t block, int count, uint8_t* panel) {
     }
 }
 
-// MR tokens times NB blocks, all sums in registers.
-template <bool WIDE, int MR, int NB>
-void tile(const mq_group& g, int64_t block, const uint8_t* panel, const Prepared& in, int64_t token,
+// MR rows times NB blocks, all sums in registers; TERMS rows are one token's.
+template <bool WIDE, int TERMS, int MR, int NB>
+void tile(const mq_group& g, int64_t block, const uint8_t* panel, const Prepared& in, int64_t row,
           const uint8_t* rows, const Output& out) {
+    static_assert(MR % TERMS == 0, "tokens are not cut");
     const int groups = groups_of(g), quads = g.group_size / 4;
-    const int8_t* q = in.q + token * g.padded_in;
-    const int32_t* correction = in.correction + token * groups;
+    const int64_t token = row / TERMS;
+    constexpr int TOKENS = MR / TERMS;
+    const int8_t* q = in.q + row * g.padded_in;
+    const int32_t* correction = in.correction + row * groups;
     const uint16_t* s = g.scale + block * groups * B;
     vf f[MR][NB][P] = {};
     for (int i = 0; i < groups; i++) {
@@ -376,14 +412,13 @@ void tile(const mq_group& g, int64_t block, const uint8_t* panel, const Prepared
     }
     const mq_patch* patch = patch_of(g, rows, token);
     bool uniform = true;
-    for (int m = 1; m < MR; m++) uniform = uniform && patch_of(g, rows, token + m) == patch;
+    for (int m = 1; m < TOKENS; m++) uniform = uniform && patch_of(g, rows, token + m) == patch;
     const int64_t width = blocks_of(g) * B;
 #pragma GCC unroll 4
     for (int j = 0; j < NB; j++) {
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; m++) {
-#pragma GCC unroll 4
-            for (int p = 0; p < P; p++) f[m][j][p] *= in.scale[token + m];
+        for (int m = 0; m < MR; m += TERMS) {
+            combine<TERMS>(in, row + m, f[m][j], NB * P);
             add_bias(g, block + j, f[m][j]);
         }
         if (patch && uniform)  // each factor is loaded once for all tokens
@@ -392,51 +427,69 @@ void tile(const mq_group& g, int64_t block, const uint8_t* panel, const Prepared
                 for (int p = 0; p < P; p++) {
                     vf b = load_factor(*patch, patch->b, r * width + (block + j) * B + p * L);
 #pragma GCC unroll 16
-                    for (int m = 0; m < MR; m++) f[m][j][p] += in.u[(token + m) * g.max_rank + r] * b;
+                    for (int m = 0; m < TOKENS; m++) f[m * TERMS][j][p] += in.u[(token + m) * g.max_rank + r] * b;
                 }
         const Target to = target_of(g, out, block + j);
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; m++) {
+        for (int m = 0; m < TOKENS; m++) {
             if (!uniform)
                 if (const mq_patch* own = patch_of(g, rows, token + m))
-                    add_patch(*own, in.u + (token + m) * g.max_rank, block + j, width, f[m][j]);
-            emit(out, to, token + m, f[m][j]);
+                    add_patch(*own, in.u + (token + m) * g.max_rank, block + j, width, f[m * TERMS][j]);
+            emit(out, to, token + m, f[m * TERMS][j]);
         }
     }
 }
 
-template <int BITS, int NB>
+// Rows first..last of one panel.
+template <int BITS, int TERMS, int NB>
 void multiply_panel(const mq_group& g, int64_t block, const uint8_t* panel, const Prepared& in, int64_t first,
                     int64_t last, const uint8_t* rows, const Output& out) {
     constexpr bool WIDE = BITS == 8;
-    int64_t t = first;
-    for (; t + ROWS <= last; t += ROWS) tile<WIDE, ROWS, NB>(g, block, panel, in, t, rows, out);
-    for (; ROWS > 4 && t + 4 <= last; t += 4) tile<WIDE, 4, NB>(g, block, panel, in, t, rows, out);
-    for (; t + 2 <= last; t += 2) tile<WIDE, 2, NB>(g, block, panel, in, t, rows, out);
-    if (t < last) tile<WIDE, 1, NB>(g, block, panel, in, t, rows, out);
+    int64_t r = first;
+    for (; r + ROWS <= last; r += ROWS) tile<WIDE, TERMS, ROWS, NB>(g, block, panel, in, r, rows, out);
+    for (; ROWS > 4 && r + 4 <= last; r += 4) tile<WIDE, TERMS, 4, NB>(g, block, panel, in, r, rows, out);
+    for (; r + 2 <= last; r += 2) tile<WIDE, TERMS, 2, NB>(g, block, panel, in, r, rows, out);
+    if (TERMS == 1 && r < last) tile<WIDE, 1, 1, NB>(g, block, panel, in, r, rows, out);
 }
 
-template <int BITS>
-void multiply_tokens(const mq_group& g, const Private& mine, const Prepared& in, int64_t tokens, const uint8_t* rows,
-                     const Output& out) {
-    const int64_t blocks = blocks_of(g), panels = ceil_div(blocks, BLOCKS);
-    // Few panels are split by tokens as well, so that every thread has work.
+template <int BITS, int TERMS>
+void multiply_many(const mq_group& g, const Private& mine, const Prepared& in, int64_t tokens, const uint8_t* rows,
+                   const Output& out) {
+    const int64_t blocks = blocks_of(g), panels = ceil_div(blocks, BLOCKS), count = tokens * TERMS;
+    // Few panels are split by rows as well, so that every thread has work.
     int64_t pieces = ceil_div(4 * omp_get_num_threads(), panels);
-    const int64_t most = ceil_div(tokens, 48);
+    const int64_t most = ceil_div(count, 48);
     pieces = pieces < most ? pieces : most;
-    const int64_t share = ceil_div(ceil_div(tokens, pieces), ROWS) * ROWS;
+    const int64_t share = ceil_div(ceil_div(count, pieces), ROWS) * ROWS;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < panels * pieces; task++) {
         const int64_t block = task / pieces * BLOCKS, first = task % pieces * share;
-        const int64_t last = first + share < tokens ? first + share : tokens;
+        const int64_t last = first + share < count ? first + share : count;
         if (first >= last) continue;
         if (block + BLOCKS <= blocks) {
             unpack_panel<BITS>(g, block, BLOCKS, mine.panel);
-            multiply_panel<BITS, BLOCKS>(g, block, mine.panel, in, first, last, rows, out);
+            multiply_panel<BITS, TERMS, BLOCKS>(g, block, mine.panel, in, first, last, rows, out);
         } else {
             unpack_panel<BITS>(g, block, 1, mine.panel);
-            multiply_panel<BITS, 1>(g, block, mine.panel, in, first, last, rows, out);
+            multiply_panel<BITS, TERMS, 1>(g, block, mine.panel, in, first, last, rows, out);
         }
+    }
+}
+
+template <int BITS>
+void multiply_bits(const mq_group& g, const Private& mine, const Prepared& in, int64_t tokens, const uint8_t* rows,
+                   const Output& out) {
+    if (terms_of(g) == 2) {
+        if (tokens == 1) return multiply_few<BITS, 2, 2>(g, in, rows, out);
+        if (tokens == 2) return multiply_few<BITS, 2, 4>(g, in, rows, out);
+        return multiply_many<BITS, 2>(g, mine, in, tokens, rows, out);
+    }
+    switch (tokens) {
+        case 1: return multiply_few<BITS, 1, 1>(g, in, rows, out);
+        case 2: return multiply_few<BITS, 1, 2>(g, in, rows, out);
+        case 3: return multiply_few<BITS, 1, 3>(g, in, rows, out);
+        case 4: return multiply_few<BITS, 1, 4>(g, in, rows, out);
+        default: return multiply_many<BITS, 1>(g, mine, in, tokens, rows, out);
     }
 }
 
@@ -446,12 +499,7 @@ void multiply(const mq_group& g, const Private& mine, const Prepared& in, int64_
 #pragma omp master
     if (g.patches)
         for (int64_t t = 0; t < tokens; t++) patched_tokens += patch_of(g, rows, t) != nullptr;
-    if (tokens == 1) {
-        g.bits == 4 ? multiply_token<4>(g, in, rows, out) : multiply_token<8>(g, in, rows, out);
-    } else {
-        g.bits == 4 ? multiply_tokens<4>(g, mine, in, tokens, rows, out)
-                    : multiply_tokens<8>(g, mine, in, tokens, rows, out);
-    }
+    g.bits == 4 ? multiply_bits<4>(g, mine, in, tokens, rows, out) : multiply_bits<8>(g, mine, in, tokens, rows, out);
 }
 
 void fill_row(const mq_group& g, const void* x, bool bfloat16, int64_t token, float* v) {
@@ -501,9 +549,11 @@ void group_quantize(const mq_group* g, const void* x, bool x_bfloat16, int64_t t
     const Private mine = take_private(arena, *g, 0);
     for (int64_t t = 0; t < tokens; t++) {
         fill_row(*g, x, x_bfloat16, t, mine.row);
-        prepare_token(*g, mine.row, mine.other, rows ? rows[t] : 0, mine.one.q, scale + t, mine.one.correction,
+        const int terms = terms_of(*g);
+        prepare_token(*g, mine.row, mine.other, rows ? rows[t] : 0, mine.one.q, scale + t * terms, mine.one.correction,
                       mine.one.u);
-        memcpy(q + t * g->in_features, mine.one.q, g->in_features);
+        for (int i = 0; i < terms; i++)
+            memcpy(q + (t * terms + i) * g->in_features, mine.one.q + (int64_t)i * g->padded_in, g->in_features);
     }
 }
 

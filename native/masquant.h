@@ -40,7 +40,7 @@ typedef struct {
     int32_t padded_in;  // whole 16
     int32_t bits;  // 4 or 8
     int32_t group_size;  // inputs a scale, a multiple of 16; padded_in for one scale a row
-    int32_t activation_bits;  // 6 or 8
+    int32_t activation_bits;  // 6 or 8; 16: the sum of two integers of 8 bits, each with its own scale
     int32_t members;
     int32_t modalities;
     int32_t max_rank;
@@ -90,7 +90,8 @@ void mq_unpack(int32_t bits, int32_t rows, int32_t in_features, const uint8_t* b
 // token, null if all are text. Returns 0, or -1 without memory.
 int32_t mq_group_forward(const mq_group* group, const void* x, int32_t x_bfloat16, int64_t tokens, const uint8_t* rows,
                          void* const* y, int32_t y_bfloat16);
-// The first half alone, as the specification's quantize_input: q int8 [tokens, in_features], scale [tokens].
+// The first half alone, as the specification's quantize_input: q int8 [tokens, in_features], scale [tokens] (with 16
+// bits: [tokens, 2, in_features] and [tokens, 2]).
 int32_t mq_quantize(const mq_group* group, const void* x, int32_t x_bfloat16, int64_t tokens, const uint8_t* rows,
                     int8_t* q, float* scale);
 // Hidden states float32 [tokens, hidden] through all blocks, in place; keys and values are appended at `past`.

@@ -28,9 +28,11 @@ from .errors import KernelError, ModelError
 from .integrations.transformers import state_of
 from .models import decoder_of
 from .runtime.decoder import NativeDecoder, unsupported
+from .runtime.transforms import residual_rotation_of
 
-_PROBE_TOKENS = 6
-_PROBE_TOLERANCE = 0.1  # rounding of activations flips with float32's last bits; another formula is off by more than 1
+_PROBE_TOKENS = 7
+_PROBE_TOLERANCE = 0.05  # of what a block adds; another formula is off by about all of it
+_HALF = 2.0**-7  # rounding of a bfloat16 model's own forward, of the size of its hidden states
 
 _decoders: weakref.WeakKeyDictionary[PreTrainedModel, NativeDecoder] = weakref.WeakKeyDictionary()
 
@@ -49,31 +51,60 @@ def native_decoder(model: PreTrainedModel) -> NativeDecoder:
     if problem is not None:
         raise KernelError(f"{type(model).__name__} cannot decode in the kernels: {problem}")
     native = NativeDecoder(decoder, state_of(model))
-    error = _difference(model, native)
-    if not error < _PROBE_TOLERANCE:
-        raise KernelError(
-            f"{type(model).__name__} cannot decode in the kernels: its decoder computes something else (its logits "
-            f"differ by {error:.2g} of their size)"
-        )
+    _compare(model, native)
     _decoders[model] = native
     return native
 
 
 @torch.inference_mode()
-def _difference(model: PreTrainedModel, native: NativeDecoder) -> float:
-    """Relative difference of the logits of some tokens, the last ones decoded one by one."""
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
-    ids = (torch.arange(_PROBE_TOKENS) * 37 + 5) % max(vocabulary // 2, 1)
-    wanted = model(input_ids=ids[None], use_cache=False).logits[0, 2:].float()
+def _compare(model: PreTrainedModel, native: NativeDecoder) -> None:
+    """Run a few tokens through the model's own forward, and every part again on the input that it saw there, so that
+    rounding does not add up over blocks.
+
+    Raises:
+        KernelError: naming what differs.
+    """
+    decoder = cast(Any, decoder_of(model))
+    embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
+    ids = (torch.arange(_PROBE_TOKENS) * 37 + 5) % max(embeddings.num_embeddings // 2, 1)
+    seen: list[Tensor] = []
+
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"])[0].float())
+
+    def after(_: Any, args: tuple[Any, ...], output: Any) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output)[0].float())
+
+    hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in decoder.layers]
+    hooks.append(decoder.layers[-1].register_forward_hook(after))
+    try:
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, -1:].float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    cosine, sine = native.rotary(torch.arange(_PROBE_TOKENS)[None])
+
+    def differ(found: Tensor, wanted: Tensor, added: Tensor, base: Tensor) -> bool:
+        slack = 0.0 if embeddings.weight.dtype == torch.float32 else float(base.norm()) * _HALF
+        return not float((found - wanted).norm()) <= _PROBE_TOLERANCE * float(added.norm()) + slack  # also NaN
+
+    rotation = residual_rotation_of(decoder)
+    embedded = embeddings(ids).float()
+    embedded = rotation.apply(embedded) if rotation else embedded
+    dtype = embeddings.weight.dtype
+    head = cast(Any, model).lm_head(native.run_norm(seen[-1], cosine, sine)[-1:].to(dtype)).float()
+    problems = [
+        f"its block {index} computes something else"
+        for index, (x, y) in enumerate(zip(seen, seen[1:], strict=False))
+        if differ(native.run_block(index, x, cosine, sine), y, y - x, x)
+    ]
+    if differ(embedded, seen[0], seen[0], seen[0]):
+        problems.insert(0, "something is done to its embeddings before the first block")
+    if differ(head, logits, logits - logits.mean(), logits):
+        problems.append("its last norm or head computes something else")
     native.reset()
-    with native.in_place():
-        found = [model(input_ids=ids[None, :3], attention_mask=torch.ones(1, 3, dtype=torch.long)).logits[0].float()]
-    cosine, sine = native.rotary(native.next_position + torch.arange(_PROBE_TOKENS)[None])
-    for i, token in enumerate(ids[3:].tolist()):
-        found.append(_step(model, native, token, cosine[i : i + 1], sine[i : i + 1]))
-    native.reset()
-    centred = wanted - wanted.mean(-1, keepdim=True)
-    return float((torch.cat(found) - wanted).norm() / centred.norm())
+    if problems:
+        raise KernelError(f"{type(model).__name__} cannot decode in the kernels: {problems[0]}")
 
 
 def _step(model: PreTrainedModel, native: NativeDecoder, token: int, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -196,6 +196,27 @@ class NativeDecoder:
             self.length += part.stop - start
         return hidden[-1:]
 
+    def run_block(self, index: int, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Text's hidden states, float32 [tokens, hidden], after one block alone, as the start of a sequence."""
+        return self._alone(hidden, cosine, sine, layers=1, layer=ctypes.addressof(self._layers[index]))
+
+    def run_norm(self, hidden: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Hidden states, float32 [tokens, hidden], as the last block leaves them, after the last norm."""
+        rotation = residual_rotation_of(self.module)
+        return self._alone(rotation.invert(hidden) if rotation else hidden, cosine, sine, normed=len(hidden), layers=0)
+
+    def _alone(self, hidden: Tensor, cosine: Tensor, sine: Tensor, *, normed: int = 0, **fields: int) -> Tensor:
+        self.reset()
+        self.reserve(len(hidden))
+        out = hidden.float().contiguous().clone()
+        part = native.DecoderStruct.from_buffer_copy(self.struct)
+        part.rotary_dim, part.residual = cosine.shape[-1], native.RotationStruct()
+        for name, value in fields.items():
+            setattr(part, name, value)
+        arguments = (len(out), 0, out.data_ptr(), None, cosine.data_ptr(), sine.data_ptr(), normed)
+        native.check(self.library.mq_decoder_forward(ctypes.byref(part), *arguments))
+        return out
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within, the model's own forward runs its decoder here; it sees the last token's hidden state only."""

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -19,7 +17,7 @@ from ..modality import Modality, ModalityState
 from ..quantization import SCALE_DTYPE, dequantize_weight, packed_columns, unpack
 from ..rotation import Rotation
 from . import native, ops
-from .packed import ACTIVATION_BITS, PackedGroup
+from .packed import PackedGroup
 
 SMOOTH_DTYPE = torch.bfloat16
 PACKED_NAMES = ("weight_packed", "weight_scale")
@@ -240,14 +238,11 @@ class MasquantLinear(nn.Module):
         return dequantize_weight(unpack(self.weight_packed, self.spec.num_bits, self.in_features), self.weight_scale)
 
     def packed(self, device: torch.device) -> PackedGroup | None:
-        """The group in the kernels' layout; None where PyTorch computes it: on other devices than CPUs, with 16-bit
-        activations, and without kernels."""
+        """The group in the kernels' layout; None where PyTorch computes it: on other devices than CPUs, and
+        without kernels."""
         if self.group.packed is not None:
             return self.group.packed
         if device.type != "cpu" or len(self.group.linears) <= self.group.followers:
-            return None
-        if self.spec.activation_bits not in ACTIVATION_BITS:
-            _warn_of_float_activations()
             return None
         return self.group.pack() if native.library() is not None else None
 
@@ -307,13 +302,6 @@ class MasquantLinear(nn.Module):
             x.dtype,
         )
         return y.reshape(*x.shape[:-1], self.out_features)
-
-
-@lru_cache(maxsize=1)
-def _warn_of_float_activations() -> None:
-    logging.getLogger("masquant").warning(
-        "there is no kernel for 16-bit activations: these linears run in PyTorch, slower than with W4A8"
-    )
 
 
 __all__ = ["Compensation", "GroupInput", "LinearSpec", "MasquantLinear", "ops"]

@@ -17,7 +17,6 @@ from ..rotation import Rotation
 from . import native
 
 BLOCK = 16  # output rows that are interleaved
-ACTIVATION_BITS = (6, 8)
 
 
 def _whole(n: int, multiple: int) -> int:
@@ -46,7 +45,7 @@ class PackedGroup:
         biases: per member, [out] or None.
         in_features: of the common input.
         num_bits: of the weights, 4 or 8.
-        activation_bits: 6 or 8.
+        activation_bits: 6 or 8; 16 takes the sum of two integers of 8 bits, which keeps 15 bits of the largest value.
         smooth: bfloat16 [modalities, in], or None.
         patches: by modality id, a [rank, in], b per member [out, rank], and the scale [rank] of integer factors.
         modalities: of the model.
@@ -179,10 +178,12 @@ class PackedGroup:
         return out
 
     def quantize(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Integers [tokens, in] and scales [tokens, 1] of an input, as `ops.quantize_input` (after the rotation)."""
+        """Integers [tokens, in] and scales [tokens, 1] of an input, as `ops.quantize_input` (after the rotation); with
+        16 bits [tokens, 2, in] and [tokens, 2, 1]."""
         x = self._readable(x)
-        q = torch.empty(x.shape, dtype=torch.int8)
-        scale = torch.empty(len(x), 1)
+        terms = (2,) if self.struct.activation_bits == 16 else ()
+        q = torch.empty(len(x), *terms, x.shape[1], dtype=torch.int8)
+        scale = torch.empty(len(x), *terms, 1)
         half = int(x.dtype == torch.bfloat16)
         native.check(
             self.library.mq_quantize(
