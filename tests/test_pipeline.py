@@ -360,7 +360,7 @@ def test_padding_does_not_reach_the_statistics(samples: Any) -> None:
             ResidentBlocks(model), recipe, plan, state, inputs, torch.device("cpu"), [], masquant.progress.NoProgress()
         )
         with torch.no_grad():
-            _, statistics = runner.observe(decoder_blocks(model)[0], 0, plan.blocks[0])
+            statistics = runner.observe(decoder_blocks(model)[0], 0, plan.blocks[0])
         found.append({name: s.merged() for name, s in statistics.items()})
     for name in found[0]:
         assert torch.equal(found[0][name].counts, found[1][name].counts)

@@ -142,7 +142,7 @@ def quantize_folder(
     check_output(output, overwrite=overwrite, resume=resume)
     work = partial_folder(output)
     memory = int(psutil.virtual_memory().available * MEMORY_SHARE) if memory is None else memory
-    calibration = Calibration(samples, batch_size, shared=False, memory=memory // 4, folder=work)
+    calibration = Calibration(samples, batch_size, shared=False, memory=memory // 8, folder=work)
     processor = load_processor(model)
     with scratch_folder(output) as converted:
         blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=converted)

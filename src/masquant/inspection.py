@@ -95,7 +95,8 @@ def activation_ranges(
     run = Run(blocks, recipe, plan, state, inputs, device, [], progress)
     rows = []
     for index in progress.track(range(len(plan.blocks)), "measuring", len(plan.blocks), "block"):
-        targets, statistics = run.observe(run.prepare(index), index, plan.blocks[index])
+        targets = inputs.hidden.empty()
+        statistics = run.observe(run.prepare(index), index, plan.blocks[index], targets)
         for group in plan.blocks[index]:
             found = statistics[group.name].fitting
             names = [m.value for m in state.tokens.modalities]

@@ -183,6 +183,7 @@ def quantize_blocks(
         progress.note(notes[-1])
     run = Run(blocks, recipe, plan, state, inputs, device, notes, progress, held_back, gradients)
     run.learned_rotation = learned
+    run.moment_bytes = calibration.memory
     run.spend()
     records = [run.block(index, store) for index in progress.track(
         range(len(plan.blocks)), "quantizing", len(plan.blocks), "block"
@@ -254,7 +255,8 @@ class Calibration:
             samples: at least one.
             batch_size: samples that run together.
             shared: whether more than one recipe will use it.
-            memory: bytes that one set of hidden states may take in memory; None for all.
+            memory: bytes that one set of hidden states, and the second moments collected together, may take in memory;
+                None for all.
             folder: where the rest goes; default the system's temporary folder.
 
         Raises:

@@ -20,7 +20,7 @@ from .block import apply_solutions, group_record, rotate_block, solve_block, sta
 from .blocks import AbstractBlocks
 from .calibration.block_inputs import BlockInputs, HiddenStates
 from .calibration.gradients import TokenGradients
-from .calibration.statistics import GroupStatistics, collect_statistics
+from .calibration.statistics import GroupStatistics, collect_statistics, moment_bytes
 from .checkpoint.format import Site, parse_site
 from .checkpoint.store import BlockStore
 from .errors import ModelError
@@ -78,6 +78,7 @@ class Run:
     float_hidden: HiddenStates | None = None
     spending: Spending | None = None
     learned_rotation: Tensor | None = None
+    moment_bytes: int | None = None
 
     def __post_init__(self) -> None:
         learned = self.recipe.smoothing.learned
@@ -129,15 +130,22 @@ class Run:
 
     def solve(self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...]) -> dict[str, Any]:
         """Quantize one block; its report."""
-        targets, statistics = self.observe(block, index, groups)
-        self.check(index, statistics)
+        targets = self.inputs.hidden.empty()
+        parts = (groups,) if self.recipe.smoothing.learned else self.parts(groups)
+        statistics = self.observe(block, index, parts[-1], targets)
         self.advance_float(block, index)
         learned, learning = self.learn(block, index, groups, statistics, targets)
+
+        def take_statistics(name: str) -> GroupStatistics:
+            if name not in statistics:
+                statistics.update(self.observe(block, index, next(p for p in parts if name in {g.name for g in p})))
+            return statistics.pop(name)
+
         config = decoder_of(self.blocks.model).config
         solutions, folds = solve_block(
             block,
             groups,
-            statistics,
+            take_statistics,
             self.state,
             self.recipe,
             config,
@@ -159,15 +167,35 @@ class Run:
             **refining,
         }
 
+    def parts(self, groups: tuple[GroupPlan, ...]) -> list[tuple[GroupPlan, ...]]:
+        """The groups, in order, in parts whose second moments fit into `moment_bytes` together, or are of one group."""
+        if self.moment_bytes is None or not self.recipe.needs_moments:
+            return [groups]
+        parts: list[tuple[GroupPlan, ...]] = []
+        size = 0
+        for group in groups:
+            more = len(self.state.tokens.modalities) * moment_bytes(group.in_features)
+            if not parts or size + more > self.moment_bytes:
+                parts.append(())
+                size = 0
+            parts[-1] = (*parts[-1], group)
+            size += more
+        return parts
+
     def observe(
-        self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...]
-    ) -> tuple[HiddenStates, dict[str, GroupStatistics]]:
-        """The float block's outputs on the quantized chain, and statistics of its groups' inputs meanwhile."""
-        targets = self.inputs.hidden.empty()
+        self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...], targets: HiddenStates | None = None
+    ) -> dict[str, GroupStatistics]:
+        """Statistics of groups' inputs while the float block runs on the quantized chain; its outputs go to `targets`.
+
+        Raises:
+            ModelError: an input is not finite.
+        """
         inputs = self.inputs
 
         def forward(i: int) -> None:
-            targets.append(inputs.run(block, index, i, inputs.hidden[i], self.device))
+            output = inputs.run(block, index, i, inputs.hidden[i], self.device)
+            if targets is not None:
+                targets.append(output)
 
         batches = [
             (b.ids, b.mask, torch.tensor([name in self.held_back for name in b.samples])) for b in inputs.batches
@@ -182,7 +210,8 @@ class Run:
             self.recipe.needs_moments,
             self.token_weights(index),
         )
-        return targets, statistics
+        self.check(index, statistics)
+        return statistics
 
     def token_weights(self, index: int) -> dict[str, list[Tensor]] | None:
         """Weights of the tokens in the block's statistics, per group and batch."""
@@ -203,8 +232,8 @@ class Run:
         for index in self.progress.track(indices, "expecting losses", len(indices), "block"):
             groups = self.plan.blocks[index]
             block = probe.prepare(index, copy=True)
-            outputs, statistics = probe.observe(block, index, groups)
-            self.check(index, statistics)
+            outputs = probe.inputs.hidden.empty()
+            statistics = probe.observe(block, index, groups, outputs)
             for group in groups:
                 moment = statistics[group.name].merged().moment
                 assert moment is not None

@@ -23,6 +23,11 @@ def moment_dtype(features: int) -> torch.dtype:
     return torch.float64 if features <= _DOUBLE_LIMIT else torch.float32
 
 
+def moment_bytes(features: int) -> int:
+    """Of one modality's second moments of so many input channels."""
+    return features * features * moment_dtype(features).itemsize
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total [in, in] += left^T right, in bands, so that no second matrix of its size is needed."""
     if total.dtype == left.dtype:
