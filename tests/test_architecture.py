@@ -15,6 +15,7 @@ LAYERS = (
     {"recipe"},
     {"rotation_learning"},
     {"models", "quantization"},
+    {"blocks"},
     {"compensation", "smoothing", "plan", "calibration"},
     {"runtime"},
     {"checkpoint", "solver", "allocation"},

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import masquant
-from masquant.api import load_any, resident_bytes, save
+from masquant.api import resident_bytes, save
 from masquant.calibration.encoding import SampleEncoder
 from masquant.errors import CheckpointError, ModelError
+from masquant.integrations.loading import load_any
 from masquant.integrations.transformers import quantized_linears, state_of
 from masquant.modality import modality_ids
 from masquant.models import decoder_blocks

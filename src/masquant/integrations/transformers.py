@@ -9,7 +9,6 @@ promises before anything is loaded: from_pretrained itself would fill a missing 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.format import QUANT_METHOD, CheckpointFormat, Site, TensorSpec, expected_tensors, parse_format
+from ..checkpoint.shards import read_header
 from ..errors import CheckpointError, ModelError
 from ..modality import ModalityState, attach_routing
 from ..models import decoder_blocks, decoder_of, family_of, modality_tokens_of
@@ -155,21 +155,16 @@ def read_headers(files: Sequence[str | Path]) -> dict[str, TensorSpec]:
     """Shape and dtype of every tensor in safetensors files, without reading the tensors.
 
     Raises:
-        CheckpointError: a file is no safetensors file.
+        CheckpointError: a file is no safetensors file, or two files have a tensor of one name.
     """
     found: dict[str, TensorSpec] = {}
     for file in files:
-        try:
-            with open(file, "rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                if length > 100_000_000:
-                    raise ValueError(f"a header of {length} bytes")
-                header = json.loads(stream.read(length))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    found[name] = (tuple(entry["shape"]), _DTYPES.get(entry["dtype"]))
-        except (OSError, ValueError, KeyError, TypeError, struct.error, AttributeError) as error:
-            raise CheckpointError(f"{Path(file).name} is no safetensors file: {error}") from error
+        for name, entry in read_header(file)[0].items():
+            if name in found:
+                raise CheckpointError(
+                    f"{Path(file).name} holds {name}, which another file of the checkpoint holds too"
+                )
+            found[name] = (tuple(entry["shape"]), _DTYPES.get(entry["dtype"]))
     return found
 
 
