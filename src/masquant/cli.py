@@ -470,6 +470,52 @@ def chat(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or any model.", show_default=False)],
+    baseline: Annotated[str | None, typer.Option(help="Float model, served beside it.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: any that is free.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that clients must send.", envvar="MASQUANT_API_KEY", show_default="none")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 1024,
+    max_context: Annotated[int, typer.Option(help="Tokens of a conversation and its answer.", min=1)] = 8192,
+    max_requests: Annotated[int, typer.Option(help="Requests that run or wait; more get 429.", min=1)] = 16,
+    max_megabytes: Annotated[int, typer.Option(help="Size of a request.", min=1)] = 20,
+    max_megapixels: Annotated[int, typer.Option(help="Pictures of a conversation together.", min=1)] = 32,
+    max_audio_seconds: Annotated[int, typer.Option(help="Sounds of a conversation together.", min=1)] = 120,
+    grace: Annotated[int, typer.Option(help="Seconds that answers may go on after SIGTERM.", min=0)] = 30,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Serve a model: OpenAI's chat completions at /v1, and a page at / to show it pictures and sounds.
+
+    Example: `masquant serve omni-w4a8 --baseline Qwen/Qwen2.5-Omni-3B`
+    """
+    from .serving import Limits, serve
+
+    serve(
+        model,
+        baseline,
+        host=host,
+        port=port,
+        api_key=api_key,
+        limits=Limits(
+            requests=max_requests,
+            request_bytes=max_megabytes * 2**20,
+            new_tokens=max_new_tokens,
+            context_tokens=max_context,
+            pixels=max_megapixels * 10**6,
+            audio_seconds=max_audio_seconds,
+        ),
+        grace_seconds=grace,
+        device=_device(device),
+        dtype=dtype,
+        note=lambda text: typer.echo(text, err=True),
+    )
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the checkpoint is left.")] = Path(
         "omni-135m-w4a8"
