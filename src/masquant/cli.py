@@ -397,6 +397,108 @@ def check(out: OutArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or any model.", show_default=False)],
+    image: Annotated[list[Path] | None, typer.Option(help="Picture for the first message; repeatable.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="Sound for the first message; repeatable.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this one message and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the system message says.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: the likeliest tokens.", min=0, max=2, show_default="the model's own")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="With --prompt: print JSON.")] = False,
+) -> None:
+    """Talk to a model in the terminal: text, pictures and sounds; /help lists the commands.
+
+    Example: `masquant chat omni-w4a8 --image cat.jpg --prompt "What is shown in the picture?"`
+    """
+    from .api import load_any
+    from .chat import Chat, attachment, tokens_per_second, typed_lines
+    from .compare import load_processor
+    from .conversation import Responder, Sampling
+
+    if as_json and prompt is None:
+        raise typer.BadParameter("--json needs --prompt")
+    attached = [attachment("image", str(f)) for f in image or ()] + [attachment("audio", str(f)) for f in audio or ()]
+    responder = Responder(load_any(model, dtype=dtype).to(_device(device)), load_processor(model))
+    console = Console(quiet=as_json, force_terminal=False if prompt is not None else None)
+    conversation = Chat(
+        responder, console, system=system, sampling=Sampling(max_new_tokens, temperature), attached=attached
+    )
+    if prompt is None:
+        conversation.run(typed_lines())
+        typer.echo(conversation.summary(), err=True)
+        return
+    answer = conversation.say(prompt)
+    if as_json:
+        from .run import peak_memory
+
+        _print_json(
+            {
+                "answer": conversation.messages[-1].parts[0].content if len(conversation.messages) > 1 else "",
+                "finish_reason": answer.finish_reason,
+                "prompt_tokens": answer.prompt_tokens,
+                "completion_tokens": answer.completion_tokens,
+                "first_token_seconds": answer.first_token_seconds,
+                "tokens_per_second": tokens_per_second([answer]),
+                "model_bytes": conversation.memory,
+                "peak_memory": peak_memory(),
+            }
+        )
+    if answer.finish_reason == "cancelled":
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or any model.", show_default=False)],
+    baseline: Annotated[str | None, typer.Option(help="Float model, served beside it.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: any that is free.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that clients must send.", envvar="MASQUANT_API_KEY", show_default="none")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 1024,
+    max_context: Annotated[int, typer.Option(help="Tokens of a conversation and its answer.", min=1)] = 8192,
+    max_requests: Annotated[int, typer.Option(help="Requests that run or wait; more get 429.", min=1)] = 16,
+    max_megabytes: Annotated[int, typer.Option(help="Size of a request.", min=1)] = 20,
+    max_megapixels: Annotated[int, typer.Option(help="Pictures of a conversation together.", min=1)] = 32,
+    max_audio_seconds: Annotated[int, typer.Option(help="Sounds of a conversation together.", min=1)] = 120,
+    grace: Annotated[int, typer.Option(help="Seconds that answers may go on after SIGTERM.", min=0)] = 30,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Serve a model: OpenAI's chat completions at /v1, and a page at / to show it pictures and sounds.
+
+    Example: `masquant serve omni-w4a8 --baseline Qwen/Qwen2.5-Omni-3B`
+    """
+    from .serving import Limits, serve
+
+    serve(
+        model,
+        baseline,
+        host=host,
+        port=port,
+        api_key=api_key,
+        limits=Limits(
+            requests=max_requests,
+            request_bytes=max_megabytes * 2**20,
+            new_tokens=max_new_tokens,
+            context_tokens=max_context,
+            pixels=max_megapixels * 10**6,
+            audio_seconds=max_audio_seconds,
+        ),
+        grace_seconds=grace,
+        device=_device(device),
+        dtype=dtype,
+        note=lambda text: typer.echo(text, err=True),
+    )
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the checkpoint is left.")] = Path(
         "omni-135m-w4a8"
