@@ -20,6 +20,7 @@ LAYERS = (
     {"runtime"},
     {"checkpoint", "solver", "allocation"},
     {"integrations", "block", "refinement", "spending"},
+    {"generation"},
     {"run"},
     {"pipeline"},
     {"card"},

@@ -36,6 +36,8 @@ from .pipeline import Calibration, QuantizationReport, quantize_blocks, run_fing
 from .plan import make_plan
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
+from .runtime import MasquantLinear
+from .runtime.head import MasquantHead
 
 # Files of a model directory that are weights or are written anew; all others are copied along.
 _NOT_COPIED = (".safetensors", ".bin", ".pth", ".gguf", ".index.json")
@@ -259,25 +261,24 @@ def check(path: str | Path) -> dict[str, Any]:
 
 def resident_bytes(model: PreTrainedModel) -> dict[str, int]:
     """Bytes in memory: of the quantized linears' packed weights (with scales and bias), of their vectors and patches,
-    and of everything else."""
-    packed = vectors = compensation = 0
-    for module in quantized_linears(model).values():
+    of 8-bit embeddings and head, and of everything else."""
+    sizes = dict.fromkeys(("packed", "smooth_scale", "compensation", "lm_head"), 0)
+    hidden: dict[int, int] = {}  # what the kernels hold is in no buffer
+    for module in model.modules():
+        if not isinstance(module, MasquantLinear):
+            continue
+        head = isinstance(module, MasquantHead)
         for name, tensor in module.named_buffers():
             size = tensor.numel() * tensor.element_size()
-            if name == "smooth_scale":
-                vectors += size
-            elif name.startswith("compensation"):
-                compensation += size
-            else:
-                packed += size
+            kind = name if name == "smooth_scale" else "compensation" if name.startswith("compensation") else "packed"
+            sizes["lm_head" if head else kind] += size
+        if module.group.packed is not None and module.is_leader:
+            size = module.group.packed.weight_bytes
+            hidden[id(module.group.packed)] = size
+            sizes["lm_head" if head else "packed"] += size
     seen: dict[int, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         storage = tensor.untyped_storage()
         seen[storage.data_ptr() or id(tensor)] = storage.nbytes()
-    total = sum(seen.values())
-    return {
-        "packed": packed,
-        "smooth_scale": vectors,
-        "compensation": compensation,
-        "float": total - packed - vectors - compensation,
-    }
+    total = sum(seen.values()) + sum(hidden.values())
+    return {**sizes, "float": total - sum(sizes.values())}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -138,6 +139,9 @@ def quantize(
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe file (YAML) instead of scheme, group size, method.")
     ] = None,
+    quantize_lm_head: Annotated[
+        bool, typer.Option("--quantize-lm-head", help="Give embeddings and head 8-bit rows.")
+    ] = False,
     limit: LimitOption = None,
     batch_size: BatchOption = 8,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -159,6 +163,8 @@ def quantize(
 
     chosen = Recipe.from_yaml(recipe) if recipe else Recipe.preset(method, scheme.value, _group_size(group_size))
     chosen = chosen.with_effort(preset.value)
+    if quantize_lm_head:
+        chosen = dataclasses.replace(chosen, quantize_lm_head=True)
     if dry_run:
         _show_plan(model, chosen, as_json)
         return
@@ -415,10 +421,10 @@ def chat(
 
     Example: `masquant chat omni-w4a8 --image cat.jpg --prompt "What is shown in the picture?"`
     """
-    from .api import load_any
+    from .api import load_processor
     from .chat import Chat, attachment, tokens_per_second, typed_lines
-    from .compare import load_processor
     from .conversation import Responder, Sampling
+    from .integrations.loading import load_any
 
     if as_json and prompt is None:
         raise typer.BadParameter("--json needs --prompt")

@@ -31,7 +31,7 @@ def describe(model: PreTrainedModel, name: str, scheme: str, num_parameters: int
         bytes={
             "base": sizes["packed"] + sizes["smooth_scale"],
             "compensation": sizes["compensation"],
-            "float": sizes["float"],
+            "float": sizes["float"] + sizes["lm_head"],
         },
     )
 

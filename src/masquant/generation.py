@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers token by token: transformers' encoders, positions and head around the kernels' decoder.
 
-`stream` gives the tokens that `model.generate` would give, without its cost per token. What the kernels cannot run goes
-through `generate` itself, which `native_decoder` explains.
+`stream` gives the tokens that `model.generate` would give, without its cost per token. Models that the kernels cannot
+run as a whole are refused with the reason.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -95,7 +96,7 @@ def _compare(model: PreTrainedModel, native: NativeDecoder) -> None:
     head = cast(Any, model).lm_head(native.run_norm(seen[-1], cosine, sine)[-1:].to(dtype)).float()
     problems = [
         f"its block {index} computes something else"
-        for index, (x, y) in enumerate(zip(seen, seen[1:], strict=False))
+        for index, (x, y) in enumerate(pairwise(seen))
         if differ(native.run_block(index, x, cosine, sine), y, y - x, x)
     ]
     if differ(embedded, seen[0], seen[0], seen[0]):

@@ -27,7 +27,7 @@ from .calibration.dataset import Sample, load_samples
 from .calibration.encoding import SampleEncoder
 from .calibration.gradients import TokenGradients, token_gradients
 from .calibration.media import content_digest
-from .checkpoint.format import CheckpointFormat, make_format
+from .checkpoint.format import CheckpointFormat, HeadFormat, make_format
 from .checkpoint.store import BlockStore, digest, tensor_digest
 from .errors import DataError
 from .integrations.transformers import adopt
@@ -38,6 +38,7 @@ from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
 from .rotation_learning import learn_rotation
 from .run import Run, peak_memory
+from .runtime.head import quantize_head
 from .runtime.transforms import LEARNED_ROTATION, attach_residual_rotation
 from .version import __version__
 
@@ -174,6 +175,7 @@ def quantize_blocks(
     if learned is not None:
         decoder_of(model).register_buffer(LEARNED_ROTATION, learned)
     rotate_stream(inputs, recipe, model.get_input_embeddings().embedding_dim, learned)
+    head = HeadFormat(quantize_head(model)) if recipe.quantize_lm_head else None
     blocks.leave_rest()
     held_back = held_back_ids(calibration.samples, recipe.selection.held_back) if recipe.selection else set()
     if recipe.selection and not held_back:
@@ -189,7 +191,7 @@ def quantize_blocks(
         range(len(plan.blocks)), "quantizing", len(plan.blocks), "block"
     )]  # fmt: skip
     checkpoint = make_format(
-        plan.family, run.plan.blocks, recipe.scheme.input_activations, recipe.ignore, run.sites, recipe.rotations
+        plan.family, run.plan.blocks, recipe.scheme.input_activations, recipe.ignore, run.sites, recipe.rotations, head
     )
     used = {"num_samples": len(calibration.samples), "tokens": {m.value: n for m, n in counts.items()}}
     sizes = {key: sum(g["bytes"][key] for r in records for g in r["groups"]) for key in

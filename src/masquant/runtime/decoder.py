@@ -150,7 +150,7 @@ class NativeDecoder:
         return self.cache.numel() * 4
 
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, float32 [tokens, head_dim], of position ids as the decoder takes them [..., 1, tokens]."""
+        """Cosines and sines, float32 [tokens, head_dim], of position ids as decoders take them [..., 1, tokens]."""
         rotary = cast(Any, self.module).rotary_emb
         if self._sections is not None and position_ids.dim() == 2:
             position_ids = position_ids[None].expand(3, -1, -1)

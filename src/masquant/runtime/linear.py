@@ -71,8 +71,8 @@ class GroupInput:
     """What the linears of one group share: the leader's `smooth_scale` and `a`, the kernels' packed tensors, and what
     was last computed for all of them.
 
-    The first linear that a block calls is the leader: it owns the shared tensors, prepares its input (or, with
-    kernels, computes all outputs) and leaves that for the others, which are called with the same tensor right after it.
+    The first linear that a block calls is the leader: it owns the shared tensors, prepares its input (with kernels:
+    computes all outputs) and leaves that for the others, which are called with the same tensor right after it.
     """
 
     def __init__(self, members: int) -> None:
@@ -109,11 +109,13 @@ class GroupInput:
         with self.lock:
             if self.packed is None:
                 leader, modalities = self.leader, self.leader.state.tokens.modalities
-                patches = {}
+                patches: dict[int, tuple[Tensor, list[Tensor], Tensor | None]] = {}
                 for key, factors in leader.compensation.items():
                     rows = range(len(modalities)) if key == ALL_TOKENS else [modalities.index(Modality(key))]
                     b = [cast(Compensation, linear.compensation[key]).b for linear in self.linears]
-                    patches |= {row: (cast(Tensor, factors.a), b, cast("Tensor | None", factors.scale)) for row in rows}
+                    patches |= {
+                        row: (cast(Tensor, factors.a), b, cast("Tensor | None", factors.scale)) for row in rows
+                    }
                 spec = leader.spec
                 self.packed = PackedGroup(
                     [linear.weight_packed for linear in self.linears],

@@ -83,15 +83,15 @@ class PackedGroup:
         for start, weight, scale in zip(self.starts, weights, scales, strict=True):
             source = weight.contiguous()
             to = self.weight[start * row_bytes :]
-            library.mq_pack(
-                num_bits, len(source), in_features, source.data_ptr(), 4 * source.shape[1], to.data_ptr()
-            )
+            library.mq_pack(num_bits, len(source), in_features, source.data_ptr(), 4 * source.shape[1], to.data_ptr())
             filled = torch.nn.functional.pad(scale, (0, 0, 0, _whole(len(scale), BLOCK) - len(scale)))
             part = filled.unflatten(0, (-1, BLOCK)).transpose(1, 2)
             self.scale[start // BLOCK : start // BLOCK + len(part)] = part
         self.bias: Tensor | None = None
         if any(bias is not None for bias in biases):
-            self.bias = self._padded_rows([torch.zeros(n) if b is None else b.float() for n, b in zip(self.rows, biases, strict=True)])
+            self.bias = self._padded_rows(
+                [torch.zeros(n) if b is None else b.float() for n, b in zip(self.rows, biases, strict=True)]
+            )
         self.smooth = smooth.contiguous() if smooth is not None else None
         self.patches = {
             row: PackedPatch(
@@ -148,11 +148,9 @@ class PackedGroup:
         )
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        tensors = [self.weight, self.scale, self.bias, self.smooth]
-        tensors += [t for p in self.patches.values() for t in (p.a, p.b, p.a_scale)]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    def weight_bytes(self) -> int:
+        """Bytes of weights and scales."""
+        return self.weight.numel() + 2 * self.scale.numel()
 
     def forward(self, x: Tensor, rows: Tensor | None) -> list[Tensor]:
         """Outputs of all members, [tokens, out] each in x's dtype.
@@ -195,6 +193,13 @@ class PackedGroup:
     @staticmethod
     def _readable(x: Tensor) -> Tensor:
         return (x if x.dtype in (torch.float32, torch.bfloat16) else x.float()).contiguous()
+
+    def take_rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers, int8 [n, in], and scales [n, groups] of some rows of the first member, of 8 bits."""
+        assert self.num_bits == 8
+        block, row = index // BLOCK, index % BLOCK
+        taken = self.weight.view(-1, self.padded_in // 4, BLOCK, 4)[block, :, row].flatten(1)[:, : self.in_features]
+        return taken.bitwise_xor(0x80).view(torch.int8), self.scale[block, :, row]
 
     def unpack(self, member: int) -> tuple[Tensor, Tensor]:
         """`weight_packed` int32 [out, words] and `weight_scale` bfloat16 [out, groups], as they were packed from."""
