@@ -107,20 +107,31 @@ void hadamard(float* v, int n, float factor) {
 // v [size] times the transform, or its inverse; `other` is room of the same size.
 void rotate(const mq_rotation& r, float* v, float* other, bool inverse) {
     const int n = r.size, odd = r.odd, p = n / odd;
-    if (!inverse)
-        for (int k = 0; k < n; k++) v[k] *= r.signs[k];
+    auto flip = [&] {
+        int k = 0;
+        for (; k + L <= n; k += L) store(v + k, load<vf>(v + k) * load<vf>(r.signs + k));
+        for (; k < n; k++) v[k] *= r.signs[k];
+    };
+    if (!inverse) flip();
     for (int i = 0; i < odd; i++) hadamard(v + i * p, p, 1.0f / sqrtf((float)p));
     if (odd > 1) {
-        for (int j = 0; j < odd; j++)
-            for (int t = 0; t < p; t++) {
+        for (int j = 0; j < odd; j++) {
+            int t = 0;
+            for (; t + L <= p; t += L) {
+                vf s = {};
+                for (int i = 0; i < odd; i++)
+                    s += load<vf>(v + i * p + t) * r.matrix[inverse ? j * odd + i : i * odd + j];
+                store(other + j * p + t, s);
+            }
+            for (; t < p; t++) {
                 float s = 0;
                 for (int i = 0; i < odd; i++) s += v[i * p + t] * r.matrix[inverse ? j * odd + i : i * odd + j];
                 other[j * p + t] = s;
             }
+        }
         memcpy(v, other, sizeof(float) * n);
     }
-    if (inverse)
-        for (int k = 0; k < n; k++) v[k] *= r.signs[k];
+    if (inverse) flip();
 }
 
 inline vf load_factor(const mq_patch& p, const void* base, int64_t i) {
@@ -236,24 +247,26 @@ Target target_of(const mq_group& g, const Output& out, int64_t block) {
     return {(char*)out.y[i] + first * (out.bfloat16 ? 2 : 4), rows, (int)(rows - first < B ? rows - first : B)};
 }
 
-void emit(const Output& out, const Target& to, int64_t token, const vf* y) {
-    char* at = to.y + token * to.stride * (out.bfloat16 ? 2 : 4);
+void emit_other(const Output& out, const Target& to, char* at, const vf* y) {
     alignas(64) float values[B];
     alignas(64) uint16_t halves[B];
-    const bool whole = to.count == B;
     if (out.bfloat16) {
+        const bool whole = to.count == B;
         uint16_t* h = whole ? (uint16_t*)at : halves;
         for (int p = 0; p < P; p++) store_bf16(h + p * L, y[p]);
         if (!whole) memcpy(at, halves, 2 * to.count);
         return;
     }
-    if (whole) {
-        for (int p = 0; p < P; p++) store(at + 4 * p * L, out.add ? load<vf>(at + 4 * p * L) + y[p] : y[p]);
-        return;
-    }
     for (int p = 0; p < P; p++) store(values + p * L, y[p]);
     float* f = (float*)at;
     for (int i = 0; i < to.count; i++) f[i] = out.add ? f[i] + values[i] : values[i];
+}
+
+// Write (or add) a token's results y [P] of one block.
+inline void emit(const Output& out, const Target& to, int64_t token, const vf* y) {
+    char* at = to.y + token * to.stride * (out.bfloat16 ? 2 : 4);
+    if (out.bfloat16 || to.count < B) return emit_other(out, to, at, y);
+    for (int p = 0; p < P; p++) store(at + 4 * p * L, out.add ? load<vf>(at + 4 * p * L) + y[p] : y[p]);
 }
 
 inline void add_bias(const mq_group& g, int64_t block, vf* y) {

@@ -86,13 +86,14 @@ def _compare(model: PreTrainedModel, native: NativeDecoder) -> None:
     cosine, sine = native.rotary(torch.arange(_PROBE_TOKENS)[None])
 
     def differ(found: Tensor, wanted: Tensor, added: Tensor, base: Tensor) -> bool:
-        slack = 0.0 if embeddings.weight.dtype == torch.float32 else float(base.norm()) * _HALF
+        slack = 0.0 if dtype == torch.float32 else float(base.norm()) * _HALF
         return not float((found - wanted).norm()) <= _PROBE_TOLERANCE * float(added.norm()) + slack  # also NaN
 
     rotation = residual_rotation_of(decoder)
-    embedded = embeddings(ids).float()
+    embedded = embeddings(ids)
+    dtype = embedded.dtype
+    embedded = embedded.float()
     embedded = rotation.apply(embedded) if rotation else embedded
-    dtype = embeddings.weight.dtype
     head = cast(Any, model).lm_head(native.run_norm(seen[-1], cosine, sine)[-1:].to(dtype)).float()
     problems = [
         f"its block {index} computes something else"
