@@ -16,14 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import LogitsProcessorList
 
 from .errors import KernelError, ModelError
 from .integrations.transformers import state_of
@@ -110,9 +103,9 @@ def _compare(model: PreTrainedModel, native: NativeDecoder) -> None:
 
 
 def _step(model: PreTrainedModel, native: NativeDecoder, token: int, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Logits [1, vocabulary] after one more text token."""
-    embedding = model.get_input_embeddings()(torch.tensor([token]))
-    last = native.forward(embedding, None, cosine, sine)
+    """Logits [1, vocabulary] after one more token."""
+    embedding = cast(Any, model.get_input_embeddings())(torch.tensor([token]))
+    last = native.forward(embedding, native.row_of(token), cosine, sine)
     return cast(Any, model).lm_head(last.to(embedding.dtype)).float()
 
 
@@ -131,21 +124,19 @@ def _settings(model: PreTrainedModel, max_new_tokens: int, options: Mapping[str,
     return settings
 
 
-def _processors(settings: GenerationConfig) -> LogitsProcessorList:
-    """What is done to the logits, in transformers' order."""
-    chain = LogitsProcessorList()
-    if settings.repetition_penalty not in (None, 1.0):
-        chain.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.do_sample:
-        if settings.temperature not in (None, 1.0):
-            chain.append(TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k:
-            chain.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p not in (None, 1.0):
-            chain.append(TopPLogitsWarper(settings.top_p))
-        if settings.min_p is not None:
-            chain.append(MinPLogitsWarper(settings.min_p))
-    return chain
+def _processors(model: PreTrainedModel, settings: GenerationConfig, inputs: Mapping[str, Any]) -> LogitsProcessorList:
+    """What is done to the logits: transformers' own list, so that every option means what it does in `generate`."""
+    ids = inputs["input_ids"]
+    settings = cast(Any, model)._prepare_generation_config(settings)[0]
+    cast(Any, model)._prepare_special_tokens(settings, kwargs_has_attention_mask=True, device=ids.device)
+    return cast(Any, model)._get_logits_processor(
+        generation_config=settings,
+        input_ids_seq_length=ids.shape[1],
+        encoder_input_ids=ids,
+        logits_processor=LogitsProcessorList(),
+        device=str(ids.device),
+        model_kwargs={},
+    )
 
 
 def _ends(settings: GenerationConfig) -> set[int]:
@@ -168,8 +159,7 @@ def stream(
         inputs: of the processor, one conversation without padding.
         max_new_tokens: at most so many.
         seed: of sampling.
-        options: of `GenerationConfig` on top of the model's own: do_sample, temperature, top_k, top_p, min_p,
-            repetition_penalty.
+        options: of `GenerationConfig` on top of the model's own, such as do_sample, temperature, top_p.
 
     Raises:
         KernelError: the kernels cannot run this model.
@@ -190,7 +180,7 @@ def _tokens(
     max_new_tokens: int,
     seed: int | None,
 ) -> Iterator[int]:
-    processors, ends = _processors(settings), _ends(settings)
+    processors, ends = _processors(model, settings, inputs), _ends(settings)
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     sequence = inputs["input_ids"]
     with torch.inference_mode():

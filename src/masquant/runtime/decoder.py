@@ -86,6 +86,8 @@ class NativeDecoder:
         self.length = 0
         self.next_position = 0
         self._sections = _rotary_sections(config)
+        tokens = state.tokens
+        self._rows = {t: tokens.index(modality) for modality, ids in tokens.token_ids.items() for t in ids}
         self._keep: list[Tensor] = []
         self._groups: list[PackedGroup] = []
         self._layers = (native.LayerStruct * len(blocks))(*[self._layer(block) for block in blocks])
@@ -126,6 +128,11 @@ class NativeDecoder:
             None,
             None,
         )
+
+    def row_of(self, token: int) -> Tensor | None:
+        """Modality id, uint8 [1], of a token that is no text: a model may well write a placeholder."""
+        row = self._rows.get(token)
+        return None if row is None else torch.tensor([row], dtype=torch.uint8)
 
     def reset(self) -> None:
         """Forget the sequence."""
