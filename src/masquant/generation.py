@@ -204,6 +204,3 @@ def _tokens(
                 if processors:
                     sequence = torch.cat((sequence, torch.tensor([[token]])), dim=1)
                 logits = _step(model, native, token, cosine[i : i + 1], sine[i : i + 1])
-
-
-__all__ = ["KernelError", "native_decoder", "stream"]
