@@ -22,7 +22,7 @@ LAYERS = (
     {"integrations", "block", "refinement", "spending"},
     {"run"},
     {"pipeline"},
-    {"card"},
+    {"card", "estimate"},
     {"api", "evaluation"},
     {"compare", "demo"},
     {"inspection", "showcase"},

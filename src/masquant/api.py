@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +23,7 @@ from .checkpoint.format import QUANT_METHOD, expected_tensors, parse_format
 from .checkpoint.shards import write_model
 from .checkpoint.store import BlockStore, check_output, finished_folder, partial_folder, scratch_folder, write_json
 from .errors import CheckpointError, ModelError
+from .estimate import Estimate, estimate
 from .integrations.loading import file_digests, first_line, load_any, load_streamed, meta_model, part_writer
 from .integrations.transformers import (
     adopt,
@@ -141,7 +144,7 @@ def quantize_folder(
     make_plan(meta_model(model, dtype), recipe)  # refuses before anything is read
     check_output(output, overwrite=overwrite, resume=resume)
     work = partial_folder(output)
-    memory = int(psutil.virtual_memory().available * MEMORY_SHARE) if memory is None else memory
+    memory = default_memory() if memory is None else memory
     calibration = Calibration(samples, batch_size, shared=False, memory=memory // 8, folder=work)
     processor = load_processor(model)
     with scratch_folder(output) as converted:
@@ -152,7 +155,7 @@ def quantize_folder(
         report, _ = quantize_blocks(blocks, processor, calibration, recipe, torch.device(device), progress, store)
     adopt(blocks.model, report.format)
     with finished_folder(output, work / "finished") as folder:
-        write_model(store.files(len(blocks)), folder, SHARD_BYTES)
+        write_model(store.files(), folder, SHARD_BYTES)
         if blocks.model.can_generate():
             blocks.model.generation_config.save_pretrained(folder)
         write_extras(folder, blocks.model, processor, report, Path(model), None)
@@ -160,6 +163,49 @@ def quantize_folder(
         (work / "config.json").replace(folder / "config.json")
     store.remove()
     return report
+
+
+def estimate_folder(
+    model: str | Path,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    dtype: str = "auto",
+    memory: int | None = None,
+    progress: AbstractProgress | None = None,
+) -> Estimate:
+    """What `quantize_folder` with these arguments will take, by trying a few samples and one block; nothing is kept.
+
+    Raises:
+        MasquantError: as `quantize_folder`.
+    """
+    start = time.monotonic()
+    progress = progress or NoProgress()
+    plan = make_plan(meta_model(model, dtype), recipe)
+    processor = load_processor(model)
+    memory = default_memory() if memory is None else memory
+    with tempfile.TemporaryDirectory() as converted:
+        blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=Path(converted))
+        file_digests(model_files(blocks.files), progress)
+        return estimate(
+            blocks,
+            plan,
+            processor,
+            samples,
+            recipe,
+            batch_size=batch_size,
+            device=torch.device(device),
+            memory=memory // 8,
+            reading=time.monotonic() - start,
+            progress=progress,
+        )
+
+
+def default_memory() -> int:
+    """Bytes that quantizing takes at most where nothing else is asked for: most of what the machine has free."""
+    return int(psutil.virtual_memory().available * MEMORY_SHARE)
 
 
 def load_processor(path: str | Path) -> Any:

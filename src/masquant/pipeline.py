@@ -162,6 +162,7 @@ def quantize_blocks(
     state = ModalityState(modality_tokens_of(model.config))
     inputs = calibration.block_inputs(blocks, processor, progress)
     gradients = calibration.gradients(blocks, recipe, inputs, device, progress)
+    blocks.leave_rest()
     counts = modality_counts(inputs, state.tokens.modalities)
     notes = [*plan.notes, *missing_notes(counts)]
     for note in notes:
@@ -172,9 +173,8 @@ def quantize_blocks(
         recipe = recipe if rotated else replace(recipe, rotation=None)
     learned = learned_rotation(blocks, recipe, device, progress)
     if learned is not None:
-        decoder_of(model).register_buffer(LEARNED_ROTATION, learned)
+        blocks.add(LEARNED_ROTATION, learned)
     rotate_stream(inputs, recipe, model.get_input_embeddings().embedding_dim, learned)
-    blocks.leave_rest()
     held_back = held_back_ids(calibration.samples, recipe.selection.held_back) if recipe.selection else set()
     if recipe.selection and not held_back:
         notes.append(
@@ -185,9 +185,17 @@ def quantize_blocks(
     run.learned_rotation = learned
     run.moment_bytes = calibration.memory
     run.spend()
-    records = [run.block(index, store) for index in progress.track(
-        range(len(plan.blocks)), "quantizing", len(plan.blocks), "block"
-    )]  # fmt: skip
+    records = []
+    done = [0, 0]
+    for index in progress.track(range(len(plan.blocks)), "quantizing", len(plan.blocks), "block"):
+        records.append(run.block(index, store))
+        done[0] += (
+            sum(p.in_features * p.out_features for g in plan.blocks[index] for p in g.linears) * run.dtype.itemsize
+        )
+        done[1] += sum(sum(g["bytes"].values()) for g in records[-1]["groups"])
+        progress.status(
+            f"{done[0] / 2**20:.0f} -> {done[1] / 2**20:.0f} MiB, peak memory {peak_memory() / 2**30:.2f} GiB"
+        )
     checkpoint = make_format(
         plan.family, run.plan.blocks, recipe.scheme.input_activations, recipe.ignore, run.sites, recipe.rotations
     )
@@ -353,9 +361,7 @@ def learned_rotation(
     family = family_of(blocks.model.config)
     readers, writers = [], []
     for index in range(len(blocks)):
-        reads, writes = stream_samples(
-            blocks.copy(index), family_of(blocks.model.config), rotation, group_size, args.rows
-        )
+        reads, writes = stream_samples(blocks.copy(index), family, rotation, group_size, args.rows)
         readers += [rows.to(device) for rows in reads]
         writers += [columns.to(device) for columns in writes]
     found = learn_rotation(readers, writers, group_size, args)

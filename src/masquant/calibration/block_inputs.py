@@ -107,9 +107,9 @@ class HiddenStates(Sequence[Tensor]):
             raise DataError(f"cannot write hidden states to {path}: {error}; free some space") from error
         self._states[i] = path
 
-    def empty(self) -> HiddenStates:
-        """Another store with the same bounds."""
-        return HiddenStates(self.memory, self.folder)
+    def empty(self, sharing: int = 1) -> HiddenStates:
+        """Another store with the same bounds, which it shares with `sharing` - 1 others."""
+        return HiddenStates(None if self.memory is None else self.memory // sharing, self.folder)
 
     def copy(self) -> HiddenStates:
         """An independent store with the same states."""

@@ -167,12 +167,12 @@ def token_gradients(
     total = 2 * len(blocks) * len(together)
     for part, step, index in progress.track(steps, "measuring gradients", total, "block"):
         if step == 1 and index == 0:
-            states = [inputs.hidden.empty()]
+            states = [inputs.hidden.empty(len(blocks) + 1)]
             for i in part:
                 states[0].append(inputs.hidden[i])
         block = _float_copy(blocks, index, device)
         if step == 1:
-            states.append(inputs.hidden.empty())
+            states.append(inputs.hidden.empty(len(blocks) + 1))
             for k, i in enumerate(part):
                 states[-1].append(inputs.run(block, index, i, states[-2][k], device))
             continue

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
@@ -14,12 +16,11 @@ from typing import Any
 import torch
 import transformers
 from accelerate.hooks import remove_hook_from_submodules
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..blocks import AbstractBlocks
-from ..checkpoint.shards import read_header
+from ..checkpoint.shards import TensorFile
 from ..checkpoint.store import BlockStore
 from ..errors import CheckpointError, ModelError
 from ..models import decoder_blocks, decoder_of
@@ -138,14 +139,14 @@ class StreamedBlocks(AbstractBlocks):
         super().__init__(model)
         self.places = places
         self.store: BlockStore | None = None
-        headers = {file: read_header(file)[0] for file in self.files}
+        self._opened = {file: TensorFile(file) for file in self.files}
         for index, block in enumerate(decoder_blocks(model)):
             for name, tensor in block.state_dict().items():
                 full = self.prefix(index) + name
                 if full not in places:
                     raise CheckpointError(f"{model.name_or_path}: the tensor {full} is missing")
                 file, stored = places[full]
-                shape = headers[file][stored]["shape"]
+                shape = self._opened[file].entries[stored]["shape"]
                 if list(tensor.shape) != shape:
                     raise CheckpointError(f"{file}: {stored} has shape {shape}, the model needs {list(tensor.shape)}")
 
@@ -157,17 +158,9 @@ class StreamedBlocks(AbstractBlocks):
     def copy(self, index: int) -> nn.Module:
         block = deepcopy(decoder_blocks(self.model)[index])
         tensors: dict[str, Tensor] = {}
-        by_file: dict[Path, list[tuple[str, str, torch.dtype]]] = {}
         for name, tensor in block.state_dict().items():
             file, stored = self.places[self.prefix(index) + name]
-            by_file.setdefault(file, []).append((name, stored, tensor.dtype))
-        for file, wanted in by_file.items():
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name, stored, dtype in wanted:
-                        tensors[name] = opened.get_tensor(stored).to(dtype, copy=True)  # no view of the mapped file
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"cannot read {file}: {error}") from error
+            tensors[name] = self._opened[file].read(stored).to(tensor.dtype)
         block.load_state_dict(tensors, assign=True)
         return block
 
@@ -179,12 +172,16 @@ class StreamedBlocks(AbstractBlocks):
 
     def leave_rest(self) -> None:
         """Write what is in no block to the store, and give its memory back."""
-        if self.store is None:
-            return
-        state = self.model.state_dict()
-        inside = tuple(self.prefix(index) for index in range(len(self)))
-        self.store.save_rest({name: tensor for name, tensor in state.items() if not name.startswith(inside)})
+        if self.store is not None:
+            state = self.model.state_dict()
+            inside = tuple(self.prefix(index) for index in range(len(self)))
+            rest = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
+            self.store.save_part("rest", rest)
         self.model.to("meta")
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.store is not None:
+            self.store.save_part(name, {self.prefix(0).removesuffix("layers.0.") + name: tensor})
 
 
 def load_streamed(path: str | Path, *, dtype: str, device: torch.device, folder: Path | None = None) -> StreamedBlocks:
@@ -204,7 +201,13 @@ def load_streamed(path: str | Path, *, dtype: str, device: torch.device, folder:
     layers = decoder_of(shell).layers
     assert isinstance(layers, nn.ModuleList)
     devices = _devices(shell, layers, str(device))
-    model = load_any(path, dtype=dtype, device_map=devices, offload_folder=None if folder is None else str(folder))
+    said = logging.getLogger("accelerate.big_modeling")
+    level = said.level
+    with warnings.catch_warnings():
+        said.setLevel(logging.ERROR)  # that parameters are on the meta device is what is wanted
+        warnings.filterwarnings("ignore", message="The following device_map keys do not match any submodules")
+        model = load_any(path, dtype=dtype, device_map=devices, offload_folder=None if folder is None else str(folder))
+    said.setLevel(level)
     places: dict[str, tuple[Path, str]] = {}
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
