@@ -95,7 +95,10 @@ def _group_size(value: str | None) -> int | Literal["channel"] | None:
 def _device(name: str) -> str:
     import torch
 
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    from .distributed import join
+
+    number = join()
+    return (f"cuda:{number}" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _bytes(size: float) -> str:
@@ -152,6 +155,8 @@ def quantize(
     """Quantize MODEL into a packed checkpoint.
 
     Example: `masquant quantize Qwen/Qwen2.5-Omni-3B -o omni-w4a8 --scheme W4A8 --calibration data/calibration`
+
+    Several GPUs or processes share the samples: `torchrun --nproc-per-node 2 -m masquant.cli quantize ...`
     """
     from .api import estimate_folder, quantize_folder
     from .calibration.dataset import load_samples

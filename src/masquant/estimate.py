@@ -19,7 +19,7 @@ import torch
 
 from .blocks import AbstractBlocks
 from .calibration.dataset import Sample
-from .calibration.encoding import estimated_tokens
+from .calibration.encoding import by_length, estimated_tokens
 from .calibration.gradients import token_gradients
 from .checkpoint.store import write_tensors
 from .errors import DataError
@@ -105,7 +105,7 @@ class _FirstBlocks(AbstractBlocks):
 
 def some_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
     """`count` samples, evenly spread over the order of their lengths."""
-    ordered = sorted(samples, key=lambda s: (s.text is not None, s.media, estimated_tokens(s), s.id))
+    ordered = by_length(samples)
     count = min(count, len(ordered))
     return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]
 

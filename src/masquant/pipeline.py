@@ -24,12 +24,13 @@ from .block import stream_samples
 from .blocks import AbstractBlocks, ResidentBlocks
 from .calibration.block_inputs import BlockInputs, HiddenStates, capture_block_inputs
 from .calibration.dataset import Sample, load_samples
-from .calibration.encoding import SampleEncoder
+from .calibration.encoding import SampleEncoder, by_length
 from .calibration.gradients import TokenGradients, token_gradients
 from .calibration.media import content_digest
 from .checkpoint.format import CheckpointFormat, make_format
 from .checkpoint.store import BlockStore, digest, tensor_digest
-from .errors import DataError
+from .distributed import gather, own_range, rank, world_size
+from .errors import DataError, RecipeError
 from .integrations.transformers import adopt
 from .modality import Modality, ModalityState, attach_routing
 from .models import decoder_of, family_of, modality_tokens_of
@@ -121,7 +122,7 @@ def quantize(
         samples if isinstance(samples, Calibration) else Calibration(load_samples(samples), batch_size, shared=False)
     )
     store = None
-    if work_folder is not None:
+    if work_folder is not None and rank() == 0:
         fingerprint = run_fingerprint({"tensors": tensor_digest(dict(model.state_dict()))}, recipe, calibration)
         store = BlockStore(work_folder, fingerprint, resume=resume)
     device, progress = torch.device(device or model.device), progress or NoProgress()
@@ -157,6 +158,12 @@ def quantize_blocks(
         What was done, and the modality state that the quantized linears share.
     """
     start = time.monotonic()
+    if world_size() > 1 and (recipe.smoothing.learned or recipe.refinement):
+        raise RecipeError(
+            f"learned smoothing and refinement run in one process, not in {world_size()}; leave them out of the recipe"
+        )
+    if world_size() > 1 and any(gather(store is not None and store.resumed)):
+        raise RecipeError("a run of several processes cannot be resumed; resume it in one, or start anew")
     model = blocks.model.eval()
     plan = make_plan(model, recipe)
     state = ModalityState(modality_tokens_of(model.config))
@@ -281,8 +288,15 @@ class Calibration:
         """What the decoder's blocks are called with: encoders and embeddings run on the samples."""
         inputs = self._inputs
         if inputs is None:
-            total = -(-len(self.samples) // self.batch_size)
-            batches = SampleEncoder(processor).batches(self.samples, self.batch_size)
+            own = own_range(-(-len(self.samples) // self.batch_size))
+            total = len(own)
+            if not min(gather(total)):
+                raise DataError(
+                    f"{len(self.samples)} samples in batches of {self.batch_size} are too few for {world_size()} "
+                    "processes; take a smaller --batch-size, more samples or fewer processes"
+                )
+            samples = by_length(self.samples)[own.start * self.batch_size : own.stop * self.batch_size]
+            batches = SampleEncoder(processor).batches(samples, self.batch_size)
             tracked = progress.track(batches, "reading samples", total, "batch")
             inputs = capture_block_inputs(
                 blocks.model,
@@ -291,6 +305,7 @@ class Calibration:
                 first=blocks.copy(0).to(blocks.model.device),
                 hidden=HiddenStates(self.memory, self.folder),
             )
+            inputs = replace(inputs, first=own.start)
         if not self.shared:
             return inputs
         self._inputs = inputs
@@ -313,7 +328,7 @@ class Calibration:
         """
         if not recipe.needs_gradients:
             return None
-        if not any(bool(batch.answers.any()) for batch in inputs.batches):
+        if not any(gather(any(bool(batch.answers.any()) for batch in inputs.batches))):
             raise DataError("no calibration sample has an answer or a text: nothing to measure gradients of")
         key = recipe.gradient.samples, recipe.seed
         if key not in self._gradients:
@@ -382,7 +397,7 @@ def rotate_stream(inputs: BlockInputs, recipe: Recipe, size: int, learned: Tenso
 def modality_counts(inputs: BlockInputs, modalities: Sequence[Modality]) -> dict[Modality, int]:
     """Calibration tokens per modality, without padding."""
     return {
-        modality: sum(int(((b.ids == row) & b.mask).sum()) for b in inputs.batches)
+        modality: sum(gather(sum(int(((b.ids == row) & b.mask).sum()) for b in inputs.batches)))
         for row, modality in enumerate(modalities)
     }
 

@@ -23,6 +23,7 @@ from .calibration.gradients import TokenGradients
 from .calibration.statistics import GroupStatistics, collect_statistics, moment_bytes
 from .checkpoint.format import Site, parse_site
 from .checkpoint.store import BlockStore
+from .distributed import sum_over_processes
 from .errors import ModelError
 from .modality import Modality, ModalityState
 from .models import decoder_of, linear_of
@@ -436,6 +437,7 @@ class Run:
                 for m in range(len(modalities)):
                     chosen = (batch.ids == m) & batch.mask
                     error[m] += torch.stack((difference[chosen].sum(), energy[chosen].sum()))
+        sum_over_processes(error)
         return {m.value: float(e / n) for m, (e, n) in zip(modalities, error, strict=True) if n}
 
     def restore(

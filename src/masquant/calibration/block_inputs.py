@@ -13,7 +13,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +121,23 @@ class HiddenStates(Sequence[Tensor]):
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """Everything needed to run the decoder block by block on the calibration samples, in float32."""
+    """Everything needed to run the decoder block by block on the calibration samples, in float32.
+
+    Attributes:
+        batches: of this process.
+        hidden: states between two blocks.
+        returns_tuple: whether blocks do.
+        first: number of the first batch among those of all processes.
+    """
 
     batches: tuple[BlockBatch, ...]
     hidden: HiddenStates
     returns_tuple: bool
+    first: int = 0
 
     def copy(self) -> BlockInputs:
         """The same with hidden states of its own."""
-        return BlockInputs(self.batches, self.hidden.copy(), self.returns_tuple)
+        return replace(self, hidden=self.hidden.copy())
 
     @property
     def tokens(self) -> int:

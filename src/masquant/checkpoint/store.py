@@ -150,6 +150,7 @@ class BlockStore:
             CheckpointError: the finished blocks belong to another run, or the disk is full or not writable.
         """
         self.folder, self._write = folder, write
+        self.resumed = resume
         marker = folder / "fingerprint.json"
         wanted = json.loads(json.dumps(fingerprint))
         if resume and marker.exists():

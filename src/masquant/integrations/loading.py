@@ -26,6 +26,7 @@ from ..errors import CheckpointError, ModelError
 from ..models import decoder_blocks, decoder_of
 from ..progress import AbstractProgress
 
+MOST_LAYERS = 1000
 _HASHED_BYTES = 16 * 2**20
 
 
@@ -69,6 +70,7 @@ def meta_model(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
     """
     config = read_config(path)
     chosen = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    _check_depth(config.to_dict(), path)
     try:
         with torch.device("meta"):
             return model_class(config, path)(config).to(chosen or torch.float32)
@@ -76,6 +78,24 @@ def meta_model(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
         raise
     except Exception as error:  # sizes that do not fit together fail anywhere
         raise ModelError(f"{path}: its config.json describes no working model: {first_line(error)}") from error
+
+
+def _check_depth(config: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse numbers of layers that no model has: building it would take for ever, on the meta device too."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_depth(value, path)
+        elif str(key).endswith(("layers", "depth", "experts")) and isinstance(value, int) and value > MOST_LAYERS:
+            raise ModelError(f"{path}: its config.json says {key} = {value}; at most {MOST_LAYERS} are supported")
+
+
+def _check_size(path: str | Path, shell: nn.Module) -> None:
+    """Refuse a folder whose files hold far fewer numbers than the config promises, before memory is taken for them."""
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    promised = sum(tensor.numel() for tensor in shell.state_dict().values())
+    held = sum(file.stat().st_size for file in files)  # a number takes half a byte at least
+    if files and promised > 8 * held + 10**6:
+        raise CheckpointError(f"{path}: its config.json promises {promised} numbers, its files have {held} bytes")
 
 
 def load_any(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -87,6 +107,7 @@ def load_any(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     config = read_config(path)
     chosen = model_class(config, path)
+    _check_size(path, meta_model(path))
     options = {"dtype": "auto", "use_safetensors": True, **kwargs}
     try:
         model, info = chosen.from_pretrained(path, output_loading_info=True, **options)
