@@ -23,7 +23,7 @@ from .checkpoint.format import QUANT_METHOD, expected_tensors, parse_format
 from .checkpoint.shards import write_model
 from .checkpoint.store import BlockStore, check_output, finished_folder, partial_folder, scratch_folder, write_json
 from .distributed import rank
-from .errors import CheckpointError, ModelError
+from .errors import CheckpointError, MasquantError, ModelError
 from .estimate import Estimate, estimate
 from .integrations.loading import file_digests, first_line, load_any, load_streamed, meta_model, part_writer
 from .integrations.transformers import (
@@ -159,7 +159,12 @@ def quantize_folder(
         fingerprint |= {"dtype": str(blocks.model.dtype), "device": torch.device(device).type}
         store = BlockStore(work, fingerprint, resume=resume, write=part_writer(blocks.model)) if writes else None
         blocks.store = store
-        report, _ = quantize_blocks(blocks, processor, calibration, recipe, torch.device(device), progress, store)
+        try:
+            report, _ = quantize_blocks(blocks, processor, calibration, recipe, torch.device(device), progress, store)
+        except MasquantError:
+            if store is not None and not store.finished:
+                store.remove()  # nothing to go on with
+            raise
     if store is None:
         return report
     adopt(blocks.model, report.format)
@@ -167,7 +172,7 @@ def quantize_folder(
         write_model(store.files(), folder, SHARD_BYTES)
         if blocks.model.can_generate():
             blocks.model.generation_config.save_pretrained(folder)
-        write_extras(folder, blocks.model, processor, report, Path(model), None)
+        write_extras(folder, blocks.model, processor, report, Path(model) if Path(model).is_dir() else None, None)
         blocks.model.config.save_pretrained(work)  # config.json comes last: without it nothing loads the folder
         write_checksums(folder, work / "config.json")
         (work / "config.json").replace(folder / "config.json")

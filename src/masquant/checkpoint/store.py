@@ -176,6 +176,11 @@ class BlockStore:
         except OSError as error:
             raise CheckpointError(f"cannot write {folder}: {error}") from error
 
+    @property
+    def finished(self) -> int:
+        """How many blocks are."""
+        return len(list(self.folder.glob("block-*.json")))
+
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.safetensors"
 
