@@ -225,15 +225,14 @@ def test_request_size_and_time() -> None:
 
 
 def test_metrics_and_health(server: Running, client: Any) -> None:
-    before = {
-        name: server.metric(f"masquant_{name}_total", model="tiny") for name in ("prompt_tokens", "completion_tokens")
-    }
+    def counted(what: str) -> float:
+        return server.metric(f"masquant_{what}_tokens_total", model="tiny")
+
+    wait_for(lambda: server.metric("masquant_requests_admitted") == 0)
+    prompt, completion = counted("prompt"), counted("completion")
     found = client.chat.completions.create(model="tiny", messages=[user("Hello")], max_tokens=7)
-    wait_for(lambda: server.metric("masquant_answers_running", model="tiny") == 0)
-    assert server.metric("masquant_prompt_tokens_total", model="tiny") - before["prompt_tokens"] == (
-        found.usage.prompt_tokens
-    )
-    assert server.metric("masquant_completion_tokens_total", model="tiny") - before["completion_tokens"] == 7
+    wait_for(lambda: counted("completion") == completion + 7)
+    assert counted("prompt") == prompt + found.usage.prompt_tokens
     connection = http.client.HTTPConnection(*server.address, timeout=60)
     connection.request("GET", "/metrics")
     response = connection.getresponse()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import secrets
 
 import anyio
+import anyio.lowlevel
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -124,6 +125,7 @@ class Gate:
                 await send(message)
             if waiting.cancelled_caught:
                 group.cancel_scope.cancel()
+                await anyio.lowlevel.checkpoint()
             whole = whole or (message["type"] == "http.response.body" and not message.get("more_body", False))
 
         async def watch() -> None:
