@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -172,6 +173,19 @@ def test_queue_and_patience_are_bounded() -> None:
             assert " 503 " in answer and "retry-after: 5" in answer and "no turn within 0.2 s" in answer
             other = client.chat.completions.create(**{**LONG, "model": "base", "max_tokens": 3})
             assert other.usage.completion_tokens == 3  # another model has its own turn
+
+
+def test_an_answer_that_outlasts_the_grace_is_cut_off() -> None:
+    with running(grace_seconds=1) as server:
+        model = server.models["tiny"].responder.model
+        model.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # 900 tokens take 45 s
+        with raw(server, {**LONG, "stream": True}) as connection:
+            assert connection.recv(100)
+            start = time.monotonic()
+            server.server.handle_exit(signal.SIGTERM, None)
+            wait_for(lambda: server.metric("masquant_requests_admitted") == 0)
+            assert 0.9 < time.monotonic() - start < 10
+            assert 0 < server.metric("masquant_completion_tokens_total", model="tiny") < 900
 
 
 def test_stopping_refuses_what_waits(server: Running) -> None:

@@ -90,7 +90,7 @@ def test_drop_type_and_read_both_answers(page: Any, server: Running, problems: l
     assert page.locator(".mine p").inner_text() == "What is <i>it</i>?"  # as text, not as markup
     assert page.locator(".mine img").evaluate("image => image.naturalWidth") == 42
     footers = page.locator(".answer footer").all_inner_texts()
-    assert len(footers) == 2 and all("256 written" in text and "tokens/s" in text for text in footers)
+    assert len(footers) == 2 and all("→ 256 tokens" in text and "tokens/s" in text for text in footers)
 
     drop(page, "tone.wav", "audio/wav", wav())
     page.wait_for_selector("#attachments li")

@@ -189,7 +189,7 @@ async function* events(response) {
 }
 
 function numbers(usage, timings) {
-  const of = `${usage.prompt_tokens} tokens read, ${usage.completion_tokens} written`;
+  const of = `${usage.prompt_tokens} → ${usage.completion_tokens} tokens`;
   const speed = timings.tokens_per_second ? ` · ${timings.tokens_per_second.toFixed(1)} tokens/s` : "";
   return `${of} · first after ${timings.first_token_seconds.toFixed(2)} s${speed}`;
 }
