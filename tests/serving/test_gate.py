@@ -13,7 +13,12 @@ from masquant.serving.gate import Gate
 from masquant.serving.limits import Limits
 from masquant.serving.state import ServerState
 
-SCOPE = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+SCOPE = {
+    "type": "http",
+    "method": "POST",
+    "path": "/v1/chat/completions",
+    "headers": [(b"content-type", b"application/json")],
+}
 
 
 def metric(state: ServerState, name: str, **labels: str) -> float:

@@ -17,6 +17,10 @@ from masquant.conversation import Message, Part, Sampling
 playwright_api = pytest.importorskip("playwright.sync_api")
 
 
+# The microphone beeps, and may be used without asking
+ARGUMENTS = ("--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium of the system, or playwright's own."""
@@ -24,7 +28,7 @@ def browser() -> Iterator[Any]:
     executable = next((found for name in names if (found := shutil.which(name))), None)
     with playwright_api.sync_playwright() as playwright:
         try:
-            found = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+            found = playwright.chromium.launch(executable_path=executable, args=[*ARGUMENTS])
         except playwright_api.Error as error:
             pytest.skip(f"no browser: {error.message.splitlines()[0]}")
         yield found
@@ -119,6 +123,20 @@ def test_answers_appear_while_they_are_written_and_can_be_stopped(page: Any, ser
         for hook in hooks:
             hook.remove()
     wait_for(lambda: server.metric("masquant_requests_admitted") == 0)
+
+
+def test_record(page: Any, problems: list[str]) -> None:
+    page.click("#record")
+    page.wait_for_selector("#record[aria-pressed='true']")
+    page.wait_for_timeout(700)
+    page.click("#record")
+    page.wait_for_selector("#attachments li")
+    assert page.locator("#attachments span").inner_text() == "recording"
+    assert page.locator("#record").get_attribute("aria-pressed") == "false"
+    page.fill("#text", "What do you hear?")
+    page.press("#text", "Enter")
+    assert all(answered(page)) and page.locator(".mine audio").evaluate("audio => audio.duration") > 0.3
+    assert problems == []
 
 
 def test_what_cannot_be_read_is_said(page: Any) -> None:

@@ -62,6 +62,9 @@ class Gate:
         try:
             if self.state.stopping:
                 raise ApiError(503, "the server is stopping", code="stopping")
+            kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":  # which a foreign page may not send without being asked for first
+                raise ApiError(415, f"requests are application/json, not {kind or 'untyped'}", code="invalid_type")
             if self._admitted >= self.limits.requests:
                 raise ApiError(
                     429, f"{self._admitted} requests run or wait already; try again later", code="too_many_requests"
