@@ -142,7 +142,7 @@ def fold_vector(group: GroupPlan, scale: Tensor, config: Any) -> Tensor:
 def solve_block(
     block: nn.Module,
     groups: tuple[GroupPlan, ...],
-    statistics: Mapping[str, GroupStatistics],
+    statistics: Callable[[str], GroupStatistics],
     state: ModalityState,
     recipe: Recipe,
     config: Any,
@@ -156,7 +156,7 @@ def solve_block(
     Args:
         block: unquantized.
         groups: of the block.
-        statistics: per group.
+        statistics: by group, asked for once each, the last group first.
         state: the model's modalities.
         recipe: what to do.
         config: the decoder's config (numbers of heads).
@@ -174,7 +174,7 @@ def solve_block(
         problem = GroupProblem(
             group.name,
             weight,
-            statistics[group.name],
+            statistics(group.name),
             state.tokens.modalities,
             recipe,
             group.linears[0].grid,
@@ -185,6 +185,7 @@ def solve_block(
             *terms(group, sum(added_bytes(s) for s in solutions.values())),
         )
         solution = solutions[group.name] = solve_group(problem)
+        del problem  # and its statistics, before the next group's come
         if group.group.fold_kind != "norm":
             folds[group.group.fold_into] = fold_vector(group, solution.text_scale, config)
     return solutions, folds

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -69,6 +70,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 JsonFileOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        help="GiB that the process may take; hidden states beyond it go to disk.",
+        min=0.1,
+        show_default="80 % of what is free",
+    ),
+]
 DtypeOption = Annotated[str, typer.Option(help="Load the model as auto (its own), bfloat16, float16 or float32.")]
 
 
@@ -130,6 +139,9 @@ def quantize(
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe file (YAML) instead of scheme, group size, method.")
     ] = None,
+    quantize_lm_head: Annotated[
+        bool, typer.Option("--quantize-lm-head", help="Give embeddings and head 8-bit rows.")
+    ] = False,
     limit: LimitOption = None,
     batch_size: BatchOption = 8,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -137,6 +149,7 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    memory: MemoryOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -144,38 +157,35 @@ def quantize(
 
     Example: `masquant quantize Qwen/Qwen2.5-Omni-3B -o omni-w4a8 --scheme W4A8 --calibration data/calibration`
     """
-    from . import api, pipeline
+    from .api import quantize_folder
     from .calibration.dataset import load_samples
-    from .checkpoint.store import check_output, partial_folder
-    from .compare import load_processor
     from .recipe import Recipe
 
     chosen = Recipe.from_yaml(recipe) if recipe else Recipe.preset(method, scheme.value, _group_size(group_size))
     chosen = chosen.with_effort(preset.value)
+    if quantize_lm_head:
+        chosen = dataclasses.replace(chosen, quantize_lm_head=True)
     if dry_run:
         _show_plan(model, chosen, as_json)
         return
-    check_output(output, overwrite=overwrite, resume=resume)
     samples = load_samples(calibration, limit=limit)
-    progress = _progress(quiet)
-    loaded, processor = api.load_any(model, dtype=dtype), load_processor(model)
     try:
-        report = pipeline.quantize(
-            loaded,
-            processor,
+        report = quantize_folder(
+            model,
+            output,
             samples,
-            recipe=chosen,
+            chosen,
             batch_size=batch_size,
             device=_device(device),
-            progress=progress,
-            work_folder=partial_folder(output),
+            dtype=dtype,
+            memory=None if memory is None else int(memory * 2**30),
+            progress=_progress(quiet),
             resume=resume,
+            overwrite=overwrite,
         )
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command with --resume goes on from the last finished block", err=True)
         raise typer.Exit(1) from None
-    api.save(loaded, processor, output, report, source=Path(model) if Path(model).is_dir() else None)
-    _remove(partial_folder(output))
     if as_json:
         _print_json({"output": str(output), **report.to_dict()})
         return
@@ -186,33 +196,11 @@ def quantize(
     )
 
 
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _meta_model(model: str) -> Any:
-    """The model on the meta device: shapes without weights."""
-    import torch
-    from transformers import AutoConfig
-
-    from .api import model_class
-    from .errors import ModelError
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read a model config from {model}: {str(error).splitlines()[0]}") from error
-    dtype = getattr(config, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        return model_class(config, model)(config).to(dtype)
-
-
 def _show_plan(model: str, recipe: Any, as_json: bool) -> None:
+    from .integrations.loading import meta_model
     from .plan import make_plan
 
-    plan = make_plan(_meta_model(model), recipe)
+    plan = make_plan(meta_model(model), recipe)
     first = plan.blocks[0]
     if as_json:
         _print_json(
@@ -329,13 +317,14 @@ def evaluate(
 
     Example: `masquant evaluate omni-w4a8 --data data/evaluation --baseline Qwen/Qwen2.5-Omni-3B --json result.json`
     """
-    from .api import load_any
+    from .api import load_processor
     from .calibration.dataset import load_samples
     from .checkpoint.store import write_json
-    from .compare import describe, load_processor
+    from .compare import describe
     from .evaluation import evaluate as run
     from .evaluation import evaluation_table
     from .inspection import scheme_of
+    from .integrations.loading import load_any
 
     samples = load_samples(data, limit=limit)
     loaded = load_any(model)
@@ -432,10 +421,10 @@ def chat(
 
     Example: `masquant chat omni-w4a8 --image cat.jpg --prompt "What is shown in the picture?"`
     """
-    from .api import load_any
+    from .api import load_processor
     from .chat import Chat, attachment, tokens_per_second, typed_lines
-    from .compare import load_processor
     from .conversation import Responder, Sampling
+    from .integrations.loading import load_any
 
     if as_json and prompt is None:
         raise typer.BadParameter("--json needs --prompt")

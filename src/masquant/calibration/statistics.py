@@ -14,7 +14,28 @@ import torch
 from torch import Tensor, nn
 
 _DOUBLE_LIMIT = 4096
+_BAND = 1024
 HELD_TOKENS = 512  # per modality and group
+
+
+def moment_dtype(features: int) -> torch.dtype:
+    """Of the sums of a group with so many input channels."""
+    return torch.float64 if features <= _DOUBLE_LIMIT else torch.float32
+
+
+def moment_bytes(features: int) -> int:
+    """Of one modality's second moments of so many input channels."""
+    return features * features * moment_dtype(features).itemsize
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [in, in] += left^T right, in bands, so that no second matrix of its size is needed."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+        return
+    for start in range(0, len(total), _BAND):
+        rows = slice(start, start + _BAND)
+        total[rows] += left[:, rows].t() @ right
 
 
 @dataclass
@@ -25,24 +46,26 @@ class Moments:
         absmax: [modalities, in], float32.
         magnitude: [modalities, in], sum of |x|, float64.
         counts: [modalities], tokens.
-        moment: [modalities, in, in], sum of w x x^T with each token's weight w, or None.
+        moment: [modalities, in, in], sum of w x x^T with each token's weight w; None if not collected, or no token
+            was seen yet.
+        with_moment: whether it is collected.
     """
 
     absmax: Tensor
     magnitude: Tensor
     counts: Tensor
     moment: Tensor | None
+    with_moment: bool = True
 
     @classmethod
     def empty(cls, modalities: int, features: int, device: torch.device, with_moment: bool) -> Moments:
         """Statistics of no token."""
-        dtype = torch.float64 if features <= _DOUBLE_LIMIT else torch.float32
-        moment = torch.zeros(modalities, features, features, dtype=dtype, device=device) if with_moment else None
         return cls(
             torch.zeros(modalities, features, device=device),
             torch.zeros(modalities, features, dtype=torch.float64, device=device),
             torch.zeros(modalities, dtype=torch.int64, device=device),
-            moment,
+            None,
+            with_moment,
         )
 
     def update(self, m: int, x: Tensor, weights: Tensor) -> None:
@@ -51,13 +74,20 @@ class Moments:
         self.absmax[m] = torch.maximum(self.absmax[m], magnitude.amax(0))
         self.magnitude[m] += magnitude.sum(0, dtype=torch.float64)
         self.counts[m] += len(x)
-        if self.moment is not None:
-            self.moment[m] += ((x * weights[:, None]).t() @ x).to(self.moment.dtype)
+        if self.with_moment:
+            if self.moment is None:
+                shape = (*self.absmax.shape, x.shape[1])
+                self.moment = torch.zeros(shape, dtype=moment_dtype(x.shape[1]), device=x.device)
+            _add_product(self.moment[m], x * weights[:, None], x)
 
     def __add__(self, other: Moments) -> Moments:
-        moment = None if self.moment is None or other.moment is None else self.moment + other.moment
+        if self.moment is None or other.moment is None:
+            moment = other.moment if self.moment is None else self.moment
+        else:
+            moment = self.moment + other.moment
         absmax = torch.maximum(self.absmax, other.absmax)
-        return Moments(absmax, self.magnitude + other.magnitude, self.counts + other.counts, moment)
+        counts = self.counts + other.counts
+        return Moments(absmax, self.magnitude + other.magnitude, counts, moment, self.with_moment)
 
     @property
     def mean_magnitude(self) -> Tensor:

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..api import load_any
-from ..compare import load_processor
+from ..api import load_processor
 from ..conversation import Responder
 from ..errors import MasquantError
 from ..inspection import scheme_of
+from ..integrations.loading import load_any
 from .limits import Limits
 
 __all__ = ["Limits", "ServeError", "serve"]
