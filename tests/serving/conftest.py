@@ -48,7 +48,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 @contextmanager
-def running(limits: Limits | None = None, api_key: str | None = None) -> Iterator[Running]:
+def running(limits: Limits | None = None, api_key: str | None = None, grace_seconds: int = 10) -> Iterator[Running]:
     """Serve until the end of the block."""
     models = {}
     for name, ngram in (("tiny", 4), ("base", 3)):
@@ -58,7 +58,7 @@ def running(limits: Limits | None = None, api_key: str | None = None) -> Iterato
         models[name] = ServedModel(name, responder, "W4A8" if name == "tiny" else "float")
     app = create_app(list(models.values()), limits=limits, api_key=api_key, hosts=LOCAL_HOSTS)
     listener = bind("127.0.0.1", 0)
-    server = Server(app, grace_seconds=10)
+    server = Server(app, grace_seconds=grace_seconds)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

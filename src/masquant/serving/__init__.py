@@ -55,19 +55,19 @@ def serve(
     except ImportError as error:
         raise ServeError(f'{error.name} is missing; pip install "masquant[serve]"') from error
     limits = limits or Limits()
-    listener = bind(host, port)
-    if not is_local(host) and not api_key:
-        note(f"warning: {host} can be reached from other machines, and no --api-key is set")
-    served: list[ServedModel] = []
-    for path in [model, *([baseline] if baseline else [])]:
-        loaded = load_any(path, dtype=dtype).to(device)
-        responder = Responder(loaded, load_processor(path), max_tokens=limits.context_tokens)
-        name = Path(path).resolve().name if Path(path).is_dir() else path
-        if any(name == other.name for other in served):
-            name += "-baseline"
-        served.append(ServedModel(name, responder, scheme_of(loaded)))
-    app = create_app(served, limits=limits, api_key=api_key, hosts=LOCAL_HOSTS if is_local(host) else ("*",))
-    address = listener.getsockname()
-    shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-    note(f"serving {' and '.join(m.name for m in served)} at http://{shown}:{address[1]}; Ctrl-C ends it")
-    run(app, listener, grace_seconds=grace_seconds)
+    with bind(host, port) as listener:
+        if not is_local(host) and not api_key:
+            note(f"warning: {host} can be reached from other machines, and no --api-key is set")
+        served: list[ServedModel] = []
+        for path in [model, *([baseline] if baseline else [])]:
+            loaded = load_any(path, dtype=dtype).to(device)
+            responder = Responder(loaded, load_processor(path), max_tokens=limits.context_tokens)
+            name = Path(path).resolve().name if Path(path).is_dir() else path
+            if any(name == other.name for other in served):
+                name += "-baseline"
+            served.append(ServedModel(name, responder, scheme_of(loaded)))
+        app = create_app(served, limits=limits, api_key=api_key, hosts=LOCAL_HOSTS if is_local(host) else ("*",))
+        address = listener.getsockname()
+        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+        note(f"serving {' and '.join(m.name for m in served)} at http://{shown}:{address[1]}; Ctrl-C ends it")
+        run(app, listener, grace_seconds=grace_seconds)

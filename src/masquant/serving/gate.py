@@ -6,6 +6,7 @@ from __future__ import annotations
 import secrets
 
 import anyio
+import anyio.lowlevel
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -61,6 +62,9 @@ class Gate:
         try:
             if self.state.stopping:
                 raise ApiError(503, "the server is stopping", code="stopping")
+            kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":  # which a foreign page may not send without being asked for first
+                raise ApiError(415, f"requests are application/json, not {kind or 'untyped'}", code="invalid_type")
             if self._admitted >= self.limits.requests:
                 raise ApiError(
                     429, f"{self._admitted} requests run or wait already; try again later", code="too_many_requests"
@@ -124,6 +128,7 @@ class Gate:
                 await send(message)
             if waiting.cancelled_caught:
                 group.cancel_scope.cancel()
+                await anyio.lowlevel.checkpoint()
             whole = whole or (message["type"] == "http.response.body" and not message.get("more_body", False))
 
         async def watch() -> None:

@@ -8,7 +8,7 @@ import binascii
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from ..calibration.media import check_audio, check_image
 from ..conversation import Message, Part, Sampling
@@ -133,9 +133,14 @@ class CompletionRequest(_Strict):
         return Sampling(asked, self.temperature, self.top_p, stop)
 
 
+def _integral(value: Any) -> Any:
+    """To JSON 3.0 is an integer too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def request_model(limits: Limits) -> type[CompletionRequest]:
     """`CompletionRequest` with a server's bounds in its schema."""
-    tokens: Any = (Annotated[int, Field(ge=1, le=limits.new_tokens)] | None, None)
+    tokens: Any = (Annotated[int, Field(ge=1, le=limits.new_tokens), BeforeValidator(_integral)] | None, None)
     return create_model(
         "ChatCompletionRequest",
         __base__=CompletionRequest,

@@ -41,7 +41,7 @@ async function loadModels() {
   }
   if (!response.ok) throw new Error(await failure(response));
   models = (await response.json()).data.map((model) => ({ ...model, history: [] }));
-  $("models").replaceChildren(...models.map((model) => make("li", {}, model.id, schemeOf(model))));
+  $("models").replaceChildren(...models.map((model) => make("li", {}, model.id, " ", schemeOf(model))));
   document.title = `${models[0].id} · masquant`;
   const accepts = models[0].accepts;
   const kinds = accepts.map((kind) => (kind === "image" ? "a picture" : "a sound"));
@@ -169,7 +169,7 @@ function card(model) {
   const said = make("p", { className: "said writing" });
   said.setAttribute("aria-live", "polite");
   const footer = make("footer");
-  const node = make("article", { className: "answer" }, make("h2", {}, model.id, schemeOf(model)), said, footer);
+  const node = make("article", { className: "answer" }, make("h2", {}, model.id, " ", schemeOf(model)), said, footer);
   return { node, said, footer };
 }
 
@@ -189,7 +189,7 @@ async function* events(response) {
 }
 
 function numbers(usage, timings) {
-  const of = `${usage.prompt_tokens} tokens read, ${usage.completion_tokens} written`;
+  const of = `${usage.prompt_tokens} → ${usage.completion_tokens} tokens`;
   const speed = timings.tokens_per_second ? ` · ${timings.tokens_per_second.toFixed(1)} tokens/s` : "";
   return `${of} · first after ${timings.first_token_seconds.toFixed(2)} s${speed}`;
 }
@@ -205,8 +205,8 @@ async function answer(model, message, { said, footer }, signal) {
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
       const follow = atEnd();
-      text += event.choices[0]?.delta.content ?? "";
-      said.textContent = text;
+      const piece = event.choices[0]?.delta.content;
+      if (piece) said.textContent = text += piece;
       if (event.usage) footer.textContent = numbers(event.usage, event.timings);
       if (event.choices[0]?.finish_reason === "length") said.append(make("span", { className: "cut", textContent: " …" }));
       if (follow) toEnd();
