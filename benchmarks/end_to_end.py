@@ -268,7 +268,7 @@ def build(what: str, checkpoint: Path | None, folder: Path) -> list[tuple[Engine
             recipe = dataclasses.replace(Recipe.preset("masquant", "W4A8", 64).fast(), quantize_lm_head=True)
             samples = masquant.load_samples(demo_directory() / "data/calibration")
             quantize_folder(model, checkpoint, samples, recipe)
-        makers.append(lambda: Masquant(masquant.load(checkpoint, dtype=torch.float32)))
+        makers.append(lambda: Masquant(masquant.load(checkpoint)))
         makers.append(lambda: Transformers(load_any(model, dtype=torch.bfloat16)))
         float_model = load_any(model, dtype=torch.float32)
         text = float_model.config.get_text_config()
@@ -308,7 +308,7 @@ def read_seconds(size: int) -> float:
     """Seconds to read so many bytes with all threads."""
     library = native.library()
     assert library is not None
-    data = torch.zeros(min(size, 1 << 30), dtype=torch.uint8)
+    data = torch.ones(min(size, 1 << 30), dtype=torch.uint8)  # written, so that it is in memory
     start = time.perf_counter()
     library.mq_read(data.data_ptr(), data.numel())
     return (time.perf_counter() - start) * size / data.numel()
