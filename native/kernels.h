@@ -591,14 +591,13 @@ int64_t peak_operations(int64_t rounds, int threads) {
     int64_t total = 0, sink = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total, sink)
     {
-        vi a[CHAINS] = {}, w = set1(0x01020304), x = set1((int32_t)rounds & 0x0f0f0f0f);
+        vi a[CHAINS], w = set1(0x01020304), x = set1((int32_t)rounds & 0x0f0f0f0f);
+        for (int c = 0; c < CHAINS; c++) a[c] = set1(c);  // different ones: equal sums would be computed once
         for (int64_t i = 0; i < rounds; i++) {
-            hide(w);
-            hide(x);
 #pragma GCC unroll 16
             for (int c = 0; c < CHAINS; c++) {
+                hide(x);
                 a[c] = dot<false>(a[c], w, x);
-                hide(a[c]);
             }
         }
         for (int c = 0; c < CHAINS; c++) sink += sum(a[c]);
