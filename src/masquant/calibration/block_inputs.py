@@ -102,7 +102,8 @@ class HiddenStates(Sequence[Tensor]):
             weakref.finalize(self, shutil.rmtree, self._spilled, ignore_errors=True)
         path = self._spilled / f"{i}.safetensors"
         try:
-            save_file({"hidden": hidden}, path)
+            save_file({"hidden": hidden}, path.with_suffix(".writing"))
+            path.with_suffix(".writing").replace(path)  # who still reads the old states keeps them
         except (OSError, SafetensorError) as error:
             raise DataError(f"cannot write hidden states to {path}: {error}; free some space") from error
         self._states[i] = path
