@@ -198,3 +198,5 @@ int32_t mq_decoder_forward(const mq_decoder* decoder, int64_t tokens, int64_t pa
 int64_t mq_read(const uint8_t* data, int64_t bytes) {
     return selected()->kernels->read_bytes(data, bytes, omp_get_max_threads());
 }
+
+int64_t mq_peak(int64_t rounds) { return selected()->kernels->peak_operations(rounds, omp_get_max_threads()); }

@@ -5,4 +5,4 @@
 
 extern const Kernels MQ_NAME;
 const Kernels MQ_NAME = {group_bytes, group_forward, group_quantize, decoder_bytes, decoder_forward, read_bytes,
-                         &patched_tokens};
+                         peak_operations, &patched_tokens};

@@ -16,5 +16,6 @@ struct Kernels {
     void (*decoder_forward)(const mq_decoder*, int64_t tokens, int64_t past, float* hidden, const uint8_t* rows,
                             const float* cosine, const float* sine, int64_t normed, char* memory, int threads);
     int64_t (*read_bytes)(const uint8_t*, int64_t bytes, int threads);
+    int64_t (*peak_operations)(int64_t rounds, int threads);
     int64_t* patched_tokens;
 };

@@ -298,7 +298,6 @@ void block_product(const mq_group& g, int64_t block, const Prepared& in, int64_t
         for (int c = 0; c < lines; c++, w += 64, q += 32 / BITS) {
 #pragma GCC unroll 4
             for (int j = 0; j < NB; j++) {
-                __builtin_prefetch(w + j * bytes + (NB == 1 ? 4096 : 2048));
 #pragma GCC unroll 4
                 for (int p = 0; p < P; p++) {
                     const vi v = load<vi>(w + j * bytes + 4 * p * L);
@@ -584,6 +583,28 @@ int64_t read_bytes(const uint8_t* data, int64_t bytes, int threads) {
         total += sum(s);
     }
     return total;
+}
+
+// Integer products as fast as they go, all in registers; returns the number of additions and multiplications.
+int64_t peak_operations(int64_t rounds, int threads) {
+    constexpr int CHAINS = 12;
+    int64_t total = 0, sink = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total, sink)
+    {
+        vi a[CHAINS] = {}, w = set1(0x01020304), x = set1((int32_t)rounds & 0x0f0f0f0f);
+        for (int64_t i = 0; i < rounds; i++) {
+            hide(w);
+            hide(x);
+#pragma GCC unroll 16
+            for (int c = 0; c < CHAINS; c++) {
+                a[c] = dot<false>(a[c], w, x);
+                hide(a[c]);
+            }
+        }
+        for (int c = 0; c < CHAINS; c++) sink += sum(a[c]);
+        total += rounds * CHAINS * L * 8;
+    }
+    return sink == 42 ? total + 1 : total;
 }
 
 }  // namespace

@@ -102,6 +102,8 @@ int32_t mq_decoder_forward(const mq_decoder* decoder, int64_t tokens, int64_t pa
 int64_t mq_patched_tokens(void);
 // Sum of all bytes, read with every thread: what memory gives.
 int64_t mq_read(const uint8_t* data, int64_t bytes);
+// Integer products in registers with every thread: what the CPU gives. Returns the operations done.
+int64_t mq_peak(int64_t rounds);
 
 #ifdef __cplusplus
 }

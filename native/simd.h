@@ -122,6 +122,17 @@ static inline vf butterfly(vf v) {
     return exchange<H>(v) + v * sign;
 }
 
+// Keeps the compiler from knowing a value.
+static inline void hide(vi& v) {
+#if defined(MQ_AVX512VNNI)
+    __asm__ volatile("" : "+v"(v));
+#elif defined(MQ_AVXVNNI) || defined(MQ_AVX2)
+    __asm__ volatile("" : "+x"(v));
+#else
+    __asm__ volatile("" : "+m"(v));
+#endif
+}
+
 // acc + sum over four bytes of each lane: unsigned w (at most 15, or with WIDE 255) times signed x.
 #if defined(MQ_AVX512VNNI)
 template <bool WIDE>

@@ -10,7 +10,7 @@ PACKAGE = Path(masquant.__file__).parent
 
 # From the bottom up; a module may import its own layer and those below.
 LAYERS = (
-    {"errors", "version", "progress", "rotation"},
+    {"errors", "version", "progress", "rotation", "distributed"},
     {"strict", "modality"},
     {"recipe"},
     {"rotation_learning"},
@@ -23,7 +23,7 @@ LAYERS = (
     {"generation"},
     {"run"},
     {"pipeline"},
-    {"card"},
+    {"card", "estimate"},
     {"api", "evaluation"},
     {"compare", "demo"},
     {"inspection", "showcase", "conversation", "recording"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,7 +22,9 @@ from .card import model_card
 from .checkpoint.format import QUANT_METHOD, expected_tensors, parse_format
 from .checkpoint.shards import write_model
 from .checkpoint.store import BlockStore, check_output, finished_folder, partial_folder, scratch_folder, write_json
-from .errors import CheckpointError, ModelError
+from .distributed import rank
+from .errors import CheckpointError, MasquantError, ModelError
+from .estimate import Estimate, estimate
 from .integrations.loading import file_digests, first_line, load_any, load_streamed, meta_model, part_writer
 from .integrations.transformers import (
     adopt,
@@ -42,8 +46,9 @@ from .runtime.head import MasquantHead
 # Files of a model directory that are weights or are written anew; all others are copied along.
 _NOT_COPIED = (".safetensors", ".bin", ".pth", ".gguf", ".index.json")
 _TEXT_FILES = (".json", ".txt", ".jinja", ".model")  # beside the weights: configs, tokenizer, templates
-_WRITTEN = {"config.json", "README.md", "recipe.yaml", "report.json"}
+_WRITTEN = {"checksums.json", "config.json", "README.md", "recipe.yaml", "report.json"}
 SIDE_FILE_BYTES = 200 * 2**20
+CHECKSUMS = "checksums.json"
 SHARD_BYTES = 5 * 10**9
 MEMORY_SHARE = 0.8  # of what the machine has free, which quantizing may take by default
 
@@ -101,6 +106,7 @@ def save(
     with finished_folder(output) as folder:
         model.save_pretrained(folder)
         write_extras(folder, model, processor, report, source, evaluation)
+        write_checksums(folder)
 
 
 def quantize_folder(
@@ -120,7 +126,8 @@ def quantize_folder(
     """Quantize a model on disk into a checkpoint folder, one decoder block in memory at a time.
 
     Encoders, embeddings and head are in memory while the blocks' inputs are captured; then each block is read,
-    quantized and written. Finished blocks are kept beside `output` until all is done.
+    quantized and written. Finished blocks are kept beside `output` until all is done. Several processes of
+    torch.distributed share the samples; the first writes.
 
     Args:
         model: folder or hub id.
@@ -141,27 +148,81 @@ def quantize_folder(
     """
     progress = progress or NoProgress()
     make_plan(meta_model(model, dtype), recipe)  # refuses before anything is read
-    check_output(output, overwrite=overwrite, resume=resume)
+    writes = rank() == 0
+    if writes:
+        check_output(output, overwrite=overwrite, resume=resume)
     work = partial_folder(output)
-    memory = int(psutil.virtual_memory().available * MEMORY_SHARE) if memory is None else memory
-    calibration = Calibration(samples, batch_size, shared=False, memory=memory // 8, folder=work)
+    memory = default_memory() if memory is None else memory
+    calibration = Calibration(samples, batch_size, shared=False, memory=memory // 8, folder=work if writes else None)
     processor = load_processor(model)
-    with scratch_folder(output) as converted:
-        blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=converted)
+    with scratch_folder(output) if writes else tempfile.TemporaryDirectory() as converted:
+        blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=Path(converted))
         fingerprint = run_fingerprint(file_digests(model_files(blocks.files), progress), recipe, calibration)
         fingerprint |= {"dtype": str(blocks.model.dtype), "device": torch.device(device).type}
-        blocks.store = store = BlockStore(work, fingerprint, resume=resume, write=part_writer(blocks.model))
-        report, _ = quantize_blocks(blocks, processor, calibration, recipe, torch.device(device), progress, store)
+        store = BlockStore(work, fingerprint, resume=resume, write=part_writer(blocks.model)) if writes else None
+        blocks.store = store
+        try:
+            report, _ = quantize_blocks(blocks, processor, calibration, recipe, torch.device(device), progress, store)
+        except MasquantError:
+            if store is not None and not store.finished:
+                store.remove()  # nothing to go on with
+            raise
+    if store is None:
+        return report
     adopt(blocks.model, report.format)
     with finished_folder(output, work / "finished") as folder:
-        write_model(store.files(len(blocks)), folder, SHARD_BYTES)
+        write_model(store.files(), folder, SHARD_BYTES)
         if blocks.model.can_generate():
             blocks.model.generation_config.save_pretrained(folder)
-        write_extras(folder, blocks.model, processor, report, Path(model), None)
+        write_extras(folder, blocks.model, processor, report, Path(model) if Path(model).is_dir() else None, None)
         blocks.model.config.save_pretrained(work)  # config.json comes last: without it nothing loads the folder
+        write_checksums(folder, work / "config.json")
         (work / "config.json").replace(folder / "config.json")
     store.remove()
     return report
+
+
+def estimate_folder(
+    model: str | Path,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    dtype: str = "auto",
+    memory: int | None = None,
+    progress: AbstractProgress | None = None,
+) -> Estimate:
+    """What `quantize_folder` with these arguments will take, by trying a few samples and one block; nothing is kept.
+
+    Raises:
+        MasquantError: as `quantize_folder`.
+    """
+    start = time.monotonic()
+    progress = progress or NoProgress()
+    plan = make_plan(meta_model(model, dtype), recipe)
+    processor = load_processor(model)
+    memory = default_memory() if memory is None else memory
+    with tempfile.TemporaryDirectory() as converted:
+        blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=Path(converted))
+        file_digests(model_files(blocks.files), progress)
+        return estimate(
+            blocks,
+            plan,
+            processor,
+            samples,
+            recipe,
+            batch_size=batch_size,
+            device=torch.device(device),
+            memory=memory // 8,
+            reading=time.monotonic() - start,
+            progress=progress,
+        )
+
+
+def default_memory() -> int:
+    """Bytes that quantizing takes at most where nothing else is asked for: most of what the machine has free."""
+    return int(psutil.virtual_memory().available * MEMORY_SHARE)
 
 
 def load_processor(path: str | Path) -> Any:
@@ -180,7 +241,37 @@ def model_files(weights: Sequence[Path]) -> list[Path]:
     """The files that say what a model is and does: its weights, and the small files beside them."""
     folders = {file.parent for file in weights}
     beside = (file for folder in folders for file in folder.iterdir() if file.suffix in (".safetensors", *_TEXT_FILES))
-    return sorted(file for file in beside if file.is_file() and file.name not in ("README.md", "report.json"))
+    return sorted(
+        file for file in beside if file.is_file() and file.name not in ("README.md", "report.json", CHECKSUMS)
+    )
+
+
+def write_checksums(folder: Path, config: Path | None = None) -> None:
+    """SHA-256 of the files that say what the model is: its weights and config.json, if that is not elsewhere yet."""
+    files = [config or folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    write_json(folder / CHECKSUMS, file_digests(files, NoProgress()))
+
+
+def verify_checksums(folder: Path) -> None:
+    """Compare a checkpoint's files with its checksums, if it has them (`model.save_pretrained` alone writes none).
+
+    Raises:
+        CheckpointError: a file is missing, or was changed since.
+    """
+    path = folder / CHECKSUMS
+    if not path.exists():
+        return
+    try:
+        wanted = dict(json.loads(path.read_text()))
+        found = file_digests([folder / name for name in wanted], NoProgress())
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be compared: {error}; copy the checkpoint whole") from error
+    changed = [name for name in wanted if found[name] != wanted[name]]
+    if changed:
+        raise CheckpointError(
+            f"{folder / changed[0]} was changed since it was written (its checksum in {CHECKSUMS} differs); copy it "
+            f"again, or delete {CHECKSUMS} if you changed it on purpose"
+        )
 
 
 def write_extras(
@@ -230,12 +321,17 @@ def check(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder} is no masquant checkpoint: config.json has no masquant quantization_config")
     checkpoint = parse_format(found)
+    verify_checksums(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no safetensors files")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        missing = set(json.loads(index.read_text())["weight_map"].values()) - {f.name for f in files}
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} cannot be read: {error}; copy it again") from error
+        missing = named - {f.name for f in files}
         if missing:
             raise CheckpointError(f"{folder} lacks the shard {sorted(missing)[0]}")
     headers = read_headers(files)

@@ -29,6 +29,8 @@ from .runtime.transforms import attach_input_rotation
 from .smoothing.scales import exact_norm_fold, share_across_query_heads
 from .solver import GroupProblem, GroupSolution, added_bytes, solution_patch_bytes, solve_group, vector_bytes
 
+_BAND = 1024  # rows that are in float64 at a time
+
 
 def stacked_weight(block: nn.Module, group: GroupPlan) -> Tensor:
     """Float32 [out, in]: the group's weights, one below the other."""
@@ -50,6 +52,13 @@ def _heads_of(group: LinearGroup, block: nn.Module, config: Any, features: int) 
             "the family's description is wrong for this model"
         )
     return heads, kv_heads
+
+
+def _turn(rows: Tensor, rotation: Rotation, gain: Tensor | None = None) -> None:
+    """Rotate rows [rows, n], times `gain` [n] if given, in place; in float64, a band at a time."""
+    for band in rows.split(_BAND):
+        wide = band.double() if gain is None else band.double() * gain
+        band.copy_(rotation.apply(wide))
 
 
 def rotate_block(
@@ -78,11 +87,11 @@ def rotate_block(
                 raise ModelError(f"{group.fold_into} has a bias: the residual stream cannot be rotated")
             gain = cast(nn.Parameter, norm.weight)
             for linear in linears:
-                linear.weight.copy_(residual.apply(linear.weight.double() * gain.double()))
+                _turn(linear.weight, residual, gain.double())
             gain.fill_(1.0)
         if residual is not None and group.writes_residual:
             for linear in linears:
-                linear.weight.copy_(residual.apply(linear.weight.double().t()).t())
+                _turn(linear.weight.t(), residual)
                 if linear.bias is not None:
                     linear.bias.copy_(residual.apply(linear.bias.double()))
         if group.fold_kind == "heads" and rotations.heads:
@@ -97,7 +106,7 @@ def rotate_block(
         rotation = group_rotation(planned.get(group.name), rotations)
         for linear in linears if rotation is not None else ():
             assert rotation is not None
-            linear.weight.copy_(rotation.apply(linear.weight.double()))
+            _turn(linear.weight, rotation)
             attach_input_rotation(linear, rotation)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from copy import deepcopy
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .models import decoder_blocks, decoder_of
@@ -42,7 +42,11 @@ class AbstractBlocks(ABC):
 
     @abstractmethod
     def leave_rest(self) -> None:
-        """All that is not in the blocks has been used and stored."""
+        """All that is not in the blocks has been used and may go to the store."""
+
+    @abstractmethod
+    def add(self, name: str, tensor: Tensor) -> None:
+        """A buffer of the decoder that the float model does not have."""
 
 
 class ResidentBlocks(AbstractBlocks):
@@ -59,3 +63,6 @@ class ResidentBlocks(AbstractBlocks):
 
     def leave_rest(self) -> None:
         pass
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        decoder_of(self.model).register_buffer(name, tensor)

@@ -96,7 +96,10 @@ def _group_size(value: str | None) -> int | Literal["channel"] | None:
 def _device(name: str) -> str:
     import torch
 
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    from .distributed import join
+
+    number = join()
+    return (f"cuda:{number}" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _bytes(size: float) -> str:
@@ -156,8 +159,10 @@ def quantize(
     """Quantize MODEL into a packed checkpoint.
 
     Example: `masquant quantize Qwen/Qwen2.5-Omni-3B -o omni-w4a8 --scheme W4A8 --calibration data/calibration`
+
+    Several GPUs or processes share the samples: `torchrun --nproc-per-node 2 -m masquant.cli quantize ...`
     """
-    from .api import quantize_folder
+    from .api import estimate_folder, quantize_folder
     from .calibration.dataset import load_samples
     from .recipe import Recipe
 
@@ -165,10 +170,22 @@ def quantize(
     chosen = chosen.with_effort(preset.value)
     if quantize_lm_head:
         chosen = dataclasses.replace(chosen, quantize_lm_head=True)
-    if dry_run:
-        _show_plan(model, chosen, as_json)
-        return
     samples = load_samples(calibration, limit=limit)
+    available = None if memory is None else int(memory * 2**30)
+    if dry_run:
+        found = _plan_dict(model, chosen)
+        options = {"batch_size": batch_size, "device": _device(device), "dtype": dtype, "memory": available}
+        estimate = estimate_folder(model, samples, chosen, progress=_progress(quiet), **options)  # type: ignore[arg-type]
+        if as_json:
+            _print_json({**found, "estimate": estimate.to_dict()})
+            return
+        _show_plan(found)
+        stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in estimate.stages.items())
+        typer.echo(
+            f"will take about {_duration(estimate.seconds)} ({stages}) and {_bytes(estimate.peak_memory)} of memory; "
+            f"tried on {estimate.share:.0%} of the samples' tokens and one block"
+        )
+        return
     try:
         report = quantize_folder(
             model,
@@ -178,7 +195,7 @@ def quantize(
             batch_size=batch_size,
             device=_device(device),
             dtype=dtype,
-            memory=None if memory is None else int(memory * 2**30),
+            memory=available,
             progress=_progress(quiet),
             resume=resume,
             overwrite=overwrite,
@@ -196,53 +213,71 @@ def quantize(
     )
 
 
-def _show_plan(model: str, recipe: Any, as_json: bool) -> None:
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _plan_dict(model: str, recipe: Any) -> dict[str, Any]:
+    """What a recipe would do to a model: per group what is quantized, folded and patched; what stays, and why."""
     from .integrations.loading import meta_model
     from .plan import make_plan
 
     plan = make_plan(meta_model(model), recipe)
-    first = plan.blocks[0]
-    if as_json:
-        _print_json(
+    smoothed = recipe.smoothing.mode != "none"
+    return {
+        "family": plan.family.title,
+        "scheme": recipe.scheme.name,
+        "method": recipe.method,
+        "blocks": len(plan.blocks),
+        "bytes": {"float_before": plan.float_bytes, "packed": plan.packed_bytes, "kept": plan.other_bytes},
+        "groups": [
             {
-                "family": plan.family.title,
-                "scheme": recipe.scheme.name,
-                "method": recipe.method,
-                "blocks": len(plan.blocks),
-                "bytes": {"float_before": plan.float_bytes, "packed": plan.packed_bytes, "kept": plan.other_bytes},
-                "groups": [
-                    {
-                        "group": g.name,
-                        "linears": [p.name for p in g.linears],
-                        "in_features": g.in_features,
-                        "out_features": [p.out_features for p in g.linears],
-                        "group_size": [p.group_size or "channel" for p in g.linears],
-                    }
-                    for g in first
-                ],
-                "ignored": plan.kept,
-                "not_quantized": [*plan.family.encoders, "embeddings", "norms", "lm_head"],
-                "notes": plan.notes,
+                "group": g.name,
+                "linears": [p.name for p in g.linears],
+                "in_features": g.in_features,
+                "out_features": [p.out_features for p in g.linears],
+                "group_size": [p.group_size or "channel" for p in g.linears],
+                "folded_into": g.group.fold_into if smoothed and g.name in recipe.smoothing.groups else None,
+                "patched": recipe.compensation is not None and g.name in recipe.compensation.groups,
             }
-        )
-        return
-    table = Table(title=f"{plan.family.title}: {len(plan.blocks)} blocks, {recipe.scheme.name}, {recipe.method}")
-    for column in ("group", "linears", "in", "out", "group size"):
+            for g in plan.blocks[0]
+        ],
+        "ignored": plan.kept,
+        "not_quantized": {
+            **dict.fromkeys(plan.family.encoders, "an encoder"),
+            **dict.fromkeys(("embeddings", "lm_head"), "outside of the decoder's blocks"),
+            "norms": "no linear",
+            **dict.fromkeys(plan.kept, "ignored by the recipe"),
+        },
+        "notes": plan.notes,
+    }
+
+
+def _show_plan(found: dict[str, Any]) -> None:
+    table = Table(title=f"{found['family']}: {found['blocks']} blocks, {found['scheme']}, {found['method']}")
+    for column in ("group", "linears", "in", "out", "group size", "text's vector goes into", "patch"):
         table.add_column(column)
-    for g in first:
-        sizes = sorted({str(p.group_size or "channel") for p in g.linears})
-        outs = ", ".join(str(p.out_features) for p in g.linears)
-        table.add_row(g.name, ", ".join(p.name for p in g.linears), str(g.in_features), outs, ", ".join(sizes))
+    for g in found["groups"]:
+        sizes = ", ".join(sorted({str(size) for size in g["group_size"]}))
+        outs = ", ".join(map(str, g["out_features"]))
+        patched = "where it pays" if g["patched"] else "no"
+        folded = g["folded_into"] or "not smoothed"
+        table.add_row(g["group"], ", ".join(g["linears"]), str(g["in_features"]), outs, sizes, folded, patched)
     console = Console()
     console.print(table)
+    sizes = found["bytes"]
     console.print(
-        f"decoder linears {_bytes(plan.float_bytes)} -> {_bytes(plan.packed_bytes)} packed; stay in floating point: "
-        f"{_bytes(plan.other_bytes)} ({', '.join(plan.family.encoders)}, embeddings, norms, lm_head)",
+        f"decoder linears {_bytes(sizes['float_before'])} -> {_bytes(sizes['packed'])} packed; "
+        f"{_bytes(sizes['kept'])} stay in floating point:",
         highlight=False,
     )
-    for name in plan.kept:
-        console.print(f"ignored by the recipe: {name}", highlight=False)
-    for note in plan.notes:
+    for name, reason in found["not_quantized"].items():
+        console.print(f"  {name}: {reason}", highlight=False)
+    for note in found["notes"]:
         console.print(f"note: {note}", highlight=False)
 
 
@@ -280,7 +315,8 @@ def inspect(
         )
         return
     if calibration is None:
-        _show_plan(model, Recipe.preset("masquant", scheme.value, _group_size(group_size)), as_json)
+        plan = _plan_dict(model, Recipe.preset("masquant", scheme.value, _group_size(group_size)))
+        _print_json(plan) if as_json else _show_plan(plan)
         return
     rows = activation_ranges(model, calibration, limit=limit, batch_size=batch_size, progress=_progress(quiet))
     if as_json:

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from .calibration.encoding import SampleEncoder
 from .calibration.media import check_audio, check_image, load_image
-from .errors import DataError, KernelError
+from .errors import DataError
 from .evaluation.scoring import projecting
-from .generation import native_decoder
-from .generation import stream as native_tokens
+from .generation import decodes_natively
+from .generation import stream as native_stream
 
 Role = Literal["system", "user", "assistant"]
 
@@ -96,15 +96,15 @@ class _Watch(StoppingCriteria):
         self.stop = threading.Event()
         self.started, self.first, self.latest = time.monotonic(), 0.0, 0.0
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
-        self.saw(int(input_ids[0, -1]))
-        return torch.full((len(input_ids),), self.stop.is_set(), device=input_ids.device)
-
-    def saw(self, token: int) -> None:
-        """One more token was written."""
+    def count(self, token: int) -> None:
+        """One more token is there."""
         self.latest = time.monotonic()
         self.first = self.first or self.latest
         self.tokens, self.last = self.tokens + 1, token
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        self.count(int(input_ids[0, -1]))
+        return torch.full((len(input_ids),), self.stop.is_set(), device=input_ids.device)
 
 
 class Answer(Iterator[str]):
@@ -182,13 +182,7 @@ class Answer(Iterator[str]):
 
 
 def stream(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    inputs: Mapping[str, Tensor],
-    sampling: Sampling,
-    worker: Executor,
-    *,
-    in_kernels: bool = False,
+    model: PreTrainedModel, tokenizer: Any, inputs: Mapping[str, Tensor], sampling: Sampling, worker: Executor
 ) -> Answer:
     """Decode one answer.
 
@@ -198,59 +192,37 @@ def stream(
         inputs: all outputs of the processor for one conversation, [1, ...] each.
         sampling: how to choose tokens.
         worker: runs the model; with one thread, so that answers follow each other.
-        in_kernels: decode in masquant's kernels, which must be able to (see `native_decoder`); else with transformers'
-            generate.
     """
     watch = _Watch(inputs["input_ids"].shape[1])
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     end = _end_tokens(model, tokenizer)
-    decode = _decode_in_kernels if in_kernels else _decode
+
+    options = {**sampling.arguments(), "eos_token_id": sorted(end) or None, "pad_token_id": tokenizer.pad_token_id}
 
     def run() -> None:
         watch.started = time.monotonic()
-        options = {**sampling.arguments(), "eos_token_id": sorted(end) or None, "pad_token_id": tokenizer.pad_token_id}
         try:
-            decode(model, inputs, {**options, "max_new_tokens": sampling.max_new_tokens}, watch, streamer)
+            if decodes_natively(model):
+                streamer.put(inputs["input_ids"])
+                for token in native_stream(model, inputs, max_new_tokens=sampling.max_new_tokens, **options):
+                    watch.count(token)
+                    streamer.put(torch.tensor([token]))
+                    if watch.stop.is_set():
+                        break
+                return
+            with torch.inference_mode(), projecting(model, lambda hidden: hidden[:, -1:]):
+                model.generate(
+                    **{name: value.to(model.device) for name, value in inputs.items()},
+                    **options,
+                    max_new_tokens=sampling.max_new_tokens,
+                    use_cache=True,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([watch]),
+                )
         finally:
             streamer.end()
 
     return Answer(watch, streamer, worker.submit(run), end, sampling.stop)
-
-
-def _decode(
-    model: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    options: Mapping[str, Any],
-    watch: _Watch,
-    streamer: TextIteratorStreamer,
-) -> None:
-    """With transformers' generate."""
-    with torch.inference_mode(), projecting(model, lambda hidden: hidden[:, -1:]):
-        model.generate(
-            **{name: value.to(model.device) for name, value in inputs.items()},
-            **options,
-            use_cache=True,
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([watch]),
-        )
-
-
-def _decode_in_kernels(
-    model: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    options: Mapping[str, Any],
-    watch: _Watch,
-    streamer: TextIteratorStreamer,
-) -> None:
-    """With masquant's own loop, which keeps the end token to itself."""
-    streamer.put(inputs["input_ids"])
-    for token in native_tokens(model, inputs, **options):
-        watch.saw(token)
-        streamer.put(torch.tensor([token]))
-        if watch.stop.is_set():
-            return
-    if watch.tokens < options["max_new_tokens"]:
-        watch.saw(options["eos_token_id"][0])
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
@@ -268,7 +240,6 @@ class Responder:
     Attributes:
         accepts: of `image` and `audio`, what the model takes.
         max_tokens: of prompt and answer together.
-        not_in_kernels: why masquant's kernels do not decode for this model; None if they do.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, *, max_tokens: int | None = None) -> None:
@@ -287,11 +258,6 @@ class Responder:
         self.model = model
         self.encoder = SampleEncoder(processor, max_tokens=self.max_tokens)
         self.accepts = tuple(kind for kind in ("image", "audio") if self.encoder.accepts[kind])
-        self.not_in_kernels: str | None = None
-        try:
-            native_decoder(model)
-        except KernelError as error:
-            self.not_in_kernels = str(error)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="masquant-answer")
 
     def check(self, messages: Sequence[Message]) -> None:
@@ -392,13 +358,12 @@ class Responder:
         room = self.max_tokens - inputs["input_ids"].shape[1]
         if sampling.max_new_tokens > room:
             sampling = Sampling(room, sampling.temperature, sampling.top_p, sampling.stop)
-        in_kernels = self.not_in_kernels is None
-        return stream(self.model, self.encoder.tokenizer, inputs, sampling, self._worker, in_kernels=in_kernels)
+        return stream(self.model, self.encoder.tokenizer, inputs, sampling, self._worker)
 
     @property
     def decoding(self) -> str:
         """How answers are decoded, for people."""
-        return "decoded in masquant's kernels" if self.not_in_kernels is None else "decoded by transformers"
+        return "decoded in masquant's kernels" if decodes_natively(self.model) else "decoded by transformers"
 
     def close(self) -> None:
         """End the worker thread, after the answers that were started."""

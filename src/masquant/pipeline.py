@@ -24,12 +24,13 @@ from .block import stream_samples
 from .blocks import AbstractBlocks, ResidentBlocks
 from .calibration.block_inputs import BlockInputs, HiddenStates, capture_block_inputs
 from .calibration.dataset import Sample, load_samples
-from .calibration.encoding import SampleEncoder
+from .calibration.encoding import SampleEncoder, by_length
 from .calibration.gradients import TokenGradients, token_gradients
 from .calibration.media import content_digest
 from .checkpoint.format import CheckpointFormat, HeadFormat, make_format
 from .checkpoint.store import BlockStore, digest, tensor_digest
-from .errors import DataError
+from .distributed import gather, own_range, rank, world_size
+from .errors import DataError, RecipeError
 from .integrations.transformers import adopt
 from .modality import Modality, ModalityState, attach_routing
 from .models import decoder_of, family_of, modality_tokens_of
@@ -122,7 +123,7 @@ def quantize(
         samples if isinstance(samples, Calibration) else Calibration(load_samples(samples), batch_size, shared=False)
     )
     store = None
-    if work_folder is not None:
+    if work_folder is not None and rank() == 0:
         fingerprint = run_fingerprint({"tensors": tensor_digest(dict(model.state_dict()))}, recipe, calibration)
         store = BlockStore(work_folder, fingerprint, resume=resume)
     device, progress = torch.device(device or model.device), progress or NoProgress()
@@ -158,11 +159,19 @@ def quantize_blocks(
         What was done, and the modality state that the quantized linears share.
     """
     start = time.monotonic()
+    if world_size() > 1 and (recipe.smoothing.learned or recipe.refinement):
+        raise RecipeError(
+            f"learned smoothing and refinement run in one process, not in {world_size()}; leave them out of the recipe"
+        )
+    if world_size() > 1 and any(gather(store is not None and store.resumed)):
+        raise RecipeError("a run of several processes cannot be resumed; resume it in one, or start anew")
     model = blocks.model.eval()
     plan = make_plan(model, recipe)
     state = ModalityState(modality_tokens_of(model.config))
     inputs = calibration.block_inputs(blocks, processor, progress)
     gradients = calibration.gradients(blocks, recipe, inputs, device, progress)
+    head = HeadFormat(quantize_head(model)) if recipe.quantize_lm_head else None
+    blocks.leave_rest()
     counts = modality_counts(inputs, state.tokens.modalities)
     notes = [*plan.notes, *missing_notes(counts)]
     for note in notes:
@@ -173,10 +182,8 @@ def quantize_blocks(
         recipe = recipe if rotated else replace(recipe, rotation=None)
     learned = learned_rotation(blocks, recipe, device, progress)
     if learned is not None:
-        decoder_of(model).register_buffer(LEARNED_ROTATION, learned)
+        blocks.add(LEARNED_ROTATION, learned)
     rotate_stream(inputs, recipe, model.get_input_embeddings().embedding_dim, learned)
-    head = HeadFormat(quantize_head(model)) if recipe.quantize_lm_head else None
-    blocks.leave_rest()
     held_back = held_back_ids(calibration.samples, recipe.selection.held_back) if recipe.selection else set()
     if recipe.selection and not held_back:
         notes.append(
@@ -187,9 +194,17 @@ def quantize_blocks(
     run.learned_rotation = learned
     run.moment_bytes = calibration.memory
     run.spend()
-    records = [run.block(index, store) for index in progress.track(
-        range(len(plan.blocks)), "quantizing", len(plan.blocks), "block"
-    )]  # fmt: skip
+    records = []
+    done = [0, 0]
+    for index in progress.track(range(len(plan.blocks)), "quantizing", len(plan.blocks), "block"):
+        records.append(run.block(index, store))
+        done[0] += (
+            sum(p.in_features * p.out_features for g in plan.blocks[index] for p in g.linears) * run.dtype.itemsize
+        )
+        done[1] += sum(sum(g["bytes"].values()) for g in records[-1]["groups"])
+        progress.status(
+            f"{done[0] / 2**20:.0f} -> {done[1] / 2**20:.0f} MiB, peak memory {peak_memory() / 2**30:.2f} GiB"
+        )
     checkpoint = make_format(
         plan.family, run.plan.blocks, recipe.scheme.input_activations, recipe.ignore, run.sites, recipe.rotations, head
     )
@@ -275,8 +290,15 @@ class Calibration:
         """What the decoder's blocks are called with: encoders and embeddings run on the samples."""
         inputs = self._inputs
         if inputs is None:
-            total = -(-len(self.samples) // self.batch_size)
-            batches = SampleEncoder(processor).batches(self.samples, self.batch_size)
+            own = own_range(-(-len(self.samples) // self.batch_size))
+            total = len(own)
+            if not min(gather(total)):
+                raise DataError(
+                    f"{len(self.samples)} samples in batches of {self.batch_size} are too few for {world_size()} "
+                    "processes; take a smaller --batch-size, more samples or fewer processes"
+                )
+            samples = by_length(self.samples)[own.start * self.batch_size : own.stop * self.batch_size]
+            batches = SampleEncoder(processor).batches(samples, self.batch_size)
             tracked = progress.track(batches, "reading samples", total, "batch")
             inputs = capture_block_inputs(
                 blocks.model,
@@ -285,6 +307,7 @@ class Calibration:
                 first=blocks.copy(0).to(blocks.model.device),
                 hidden=HiddenStates(self.memory, self.folder),
             )
+            inputs = replace(inputs, first=own.start)
         if not self.shared:
             return inputs
         self._inputs = inputs
@@ -307,7 +330,7 @@ class Calibration:
         """
         if not recipe.needs_gradients:
             return None
-        if not any(bool(batch.answers.any()) for batch in inputs.batches):
+        if not any(gather(any(bool(batch.answers.any()) for batch in inputs.batches))):
             raise DataError("no calibration sample has an answer or a text: nothing to measure gradients of")
         key = recipe.gradient.samples, recipe.seed
         if key not in self._gradients:
@@ -355,9 +378,7 @@ def learned_rotation(
     family = family_of(blocks.model.config)
     readers, writers = [], []
     for index in range(len(blocks)):
-        reads, writes = stream_samples(
-            blocks.copy(index), family_of(blocks.model.config), rotation, group_size, args.rows
-        )
+        reads, writes = stream_samples(blocks.copy(index), family, rotation, group_size, args.rows)
         readers += [rows.to(device) for rows in reads]
         writers += [columns.to(device) for columns in writes]
     found = learn_rotation(readers, writers, group_size, args)
@@ -378,7 +399,7 @@ def rotate_stream(inputs: BlockInputs, recipe: Recipe, size: int, learned: Tenso
 def modality_counts(inputs: BlockInputs, modalities: Sequence[Modality]) -> dict[Modality, int]:
     """Calibration tokens per modality, without padding."""
     return {
-        modality: sum(int(((b.ids == row) & b.mask).sum()) for b in inputs.batches)
+        modality: sum(gather(sum(int(((b.ids == row) & b.mask).sum()) for b in inputs.batches)))
         for row, modality in enumerate(modalities)
     }
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import platform
 import resource
 import time
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .calibration.gradients import TokenGradients
 from .calibration.statistics import GroupStatistics, collect_statistics, moment_bytes
 from .checkpoint.format import Site, parse_site
 from .checkpoint.store import BlockStore
+from .distributed import sum_over_processes
 from .errors import ModelError
 from .modality import Modality, ModalityState
 from .models import decoder_of, linear_of
@@ -79,11 +80,22 @@ class Run:
     spending: Spending | None = None
     learned_rotation: Tensor | None = None
     moment_bytes: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         learned = self.recipe.smoothing.learned
         if learned is not None and learned.target == "float_chain":
             self.float_hidden = self.inputs.hidden.copy()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the seconds of a stage; what other stages take inside of it is theirs."""
+        start, before = time.monotonic(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            others = sum(self.seconds.values()) - before
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start - others
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,7 +146,8 @@ class Run:
         parts = (groups,) if self.recipe.smoothing.learned else self.parts(groups)
         statistics = self.observe(block, index, parts[-1], targets)
         self.advance_float(block, index)
-        learned, learning = self.learn(block, index, groups, statistics, targets)
+        with self.timed("learn"):
+            learned, learning = self.learn(block, index, groups, statistics, targets)
 
         def take_statistics(name: str) -> GroupStatistics:
             if name not in statistics:
@@ -142,20 +155,23 @@ class Run:
             return statistics.pop(name)
 
         config = decoder_of(self.blocks.model).config
-        solutions, folds = solve_block(
-            block,
-            groups,
-            take_statistics,
-            self.state,
-            self.recipe,
-            config,
-            learned,
-            lambda group: self.modality_weights(index, group),
-            lambda group, spent: self.terms(index, group, spent),
-            self.dtype,
-        )
-        final, refining = self.refine(block, index, groups, solutions, folds, targets)
-        sites = apply_solutions(block, groups, final, folds, self.state, self.recipe, self.dtype)
+        with self.timed("solve"):
+            solutions, folds = solve_block(
+                block,
+                groups,
+                take_statistics,
+                self.state,
+                self.recipe,
+                config,
+                learned,
+                lambda group: self.modality_weights(index, group),
+                lambda group, spent: self.terms(index, group, spent),
+                self.dtype,
+            )
+        with self.timed("refine"):
+            final, refining = self.refine(block, index, groups, solutions, folds, targets)
+        with self.timed("apply"):
+            sites = apply_solutions(block, groups, final, folds, self.state, self.recipe, self.dtype)
         if self.spending is not None:
             self.spending.left -= sum(added_bytes(s) for s in solutions.values())
         self.sites.update({site_key(index, name): site for name, site in sites.items() if site != Site()})
@@ -168,7 +184,7 @@ class Run:
         }
 
     def parts(self, groups: tuple[GroupPlan, ...]) -> list[tuple[GroupPlan, ...]]:
-        """The groups, in order, in parts whose second moments fit into `moment_bytes` together, or are of one group."""
+        """The groups, in order, in parts of at least one whose second moments fit into `moment_bytes`."""
         if self.moment_bytes is None or not self.recipe.needs_moments:
             return [groups]
         parts: list[tuple[GroupPlan, ...]] = []
@@ -190,6 +206,12 @@ class Run:
         Raises:
             ModelError: an input is not finite.
         """
+        with self.timed("observe"):
+            return self._observe(block, index, groups, targets)
+
+    def _observe(
+        self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...], targets: HiddenStates | None
+    ) -> dict[str, GroupStatistics]:
         inputs = self.inputs
 
         def forward(i: int) -> None:
@@ -395,6 +417,10 @@ class Run:
         Returns:
             Per modality, the relative squared error of the outputs, if `targets` are given.
         """
+        with self.timed("advance"):
+            return self._advance(block, index, targets)
+
+    def _advance(self, block: nn.Module, index: int, targets: HiddenStates | None) -> dict[str, float]:
         modalities = self.state.tokens.modalities
         error = torch.zeros(len(modalities), 2, dtype=torch.float64)
         for i, batch in enumerate(self.inputs.batches):
@@ -411,6 +437,7 @@ class Run:
                 for m in range(len(modalities)):
                     chosen = (batch.ids == m) & batch.mask
                     error[m] += torch.stack((difference[chosen].sum(), energy[chosen].sum()))
+        sum_over_processes(error)
         return {m.value: float(e / n) for m, (e, n) in zip(modalities, error, strict=True) if n}
 
     def restore(

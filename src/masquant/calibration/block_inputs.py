@@ -13,7 +13,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +107,9 @@ class HiddenStates(Sequence[Tensor]):
             raise DataError(f"cannot write hidden states to {path}: {error}; free some space") from error
         self._states[i] = path
 
-    def empty(self) -> HiddenStates:
-        """Another store with the same bounds."""
-        return HiddenStates(self.memory, self.folder)
+    def empty(self, sharing: int = 1) -> HiddenStates:
+        """Another store with the same bounds, which it shares with `sharing` - 1 others."""
+        return HiddenStates(None if self.memory is None else self.memory // sharing, self.folder)
 
     def copy(self) -> HiddenStates:
         """An independent store with the same states."""
@@ -121,15 +121,23 @@ class HiddenStates(Sequence[Tensor]):
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """Everything needed to run the decoder block by block on the calibration samples, in float32."""
+    """Everything needed to run the decoder block by block on the calibration samples, in float32.
+
+    Attributes:
+        batches: of this process.
+        hidden: states between two blocks.
+        returns_tuple: whether blocks do.
+        first: number of the first batch among those of all processes.
+    """
 
     batches: tuple[BlockBatch, ...]
     hidden: HiddenStates
     returns_tuple: bool
+    first: int = 0
 
     def copy(self) -> BlockInputs:
         """The same with hidden states of its own."""
-        return BlockInputs(self.batches, self.hidden.copy(), self.returns_tuple)
+        return replace(self, hidden=self.hidden.copy())
 
     @property
     def tokens(self) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..blocks import AbstractBlocks
+from ..distributed import gather
 from ..errors import ModelError
 from ..models import LinearGroup, decoder_of
 from ..progress import AbstractProgress
@@ -44,7 +45,7 @@ class TokenGradients:
     def capped(self, block: int, group: str, masks: Sequence[Tensor], quantile: float) -> tuple[list[Tensor], float]:
         """A group's gradients with the largest cut at a quantile, per batch [batch, tokens], and their mean."""
         batches = self.squared[block][group]
-        real = torch.cat([g[m] for g, m in zip(batches, masks, strict=True)])
+        real = torch.cat(gather(torch.cat([g[m] for g, m in zip(batches, masks, strict=True)])))
         largest = real.sort().values[math.ceil(quantile * len(real)) - 1]
         return [g.clamp_max(largest) for g in batches], float(real.clamp_max(largest).mean())
 
@@ -61,8 +62,10 @@ class TokenGradients:
         self, block: int, group: str, ids: Sequence[Tensor], masks: Sequence[Tensor], modalities: int
     ) -> list[float]:
         """Mean gradient norm at each modality's tokens (MBQ, arXiv 2412.19509, Eq. 8), the largest scaled to 1."""
-        norms = torch.cat([g[m].sqrt() for g, m in zip(self.squared[block][group], masks, strict=True)])
-        rows = torch.cat([i[m] for i, m in zip(ids, masks, strict=True)])
+        norms = torch.cat(
+            gather(torch.cat([g[m].sqrt() for g, m in zip(self.squared[block][group], masks, strict=True)]))
+        )
+        rows = torch.cat(gather(torch.cat([i[m] for i, m in zip(ids, masks, strict=True)])))
         means = [float(norms[rows == m].mean()) if bool((rows == m).any()) else 0.0 for m in range(modalities)]
         largest = max(means)
         return [max(mean / largest, 1e-3) if largest > 0 else 1.0 for mean in means]
@@ -158,7 +161,6 @@ def token_gradients(
         ModelError: the gradients are not finite.
     """
     squared: list[dict[str, list[Tensor]]] = [{group.name: [] for group in groups} for _ in range(len(blocks))]
-    generator = torch.Generator().manual_seed(seed)
     together = _batches_together(inputs, len(blocks))
     passes = ((part, step) for part in together for step in (1, -1))
     steps = ((part, step, index) for part, step in passes for index in range(len(blocks))[::step])
@@ -167,12 +169,12 @@ def token_gradients(
     total = 2 * len(blocks) * len(together)
     for part, step, index in progress.track(steps, "measuring gradients", total, "block"):
         if step == 1 and index == 0:
-            states = [inputs.hidden.empty()]
+            states = [inputs.hidden.empty(len(blocks) + 1)]
             for i in part:
                 states[0].append(inputs.hidden[i])
         block = _float_copy(blocks, index, device)
         if step == 1:
-            states.append(inputs.hidden.empty())
+            states.append(inputs.hidden.empty(len(blocks) + 1))
             for k, i in enumerate(part):
                 states[-1].append(inputs.run(block, index, i, states[-2][k], device))
             continue
@@ -180,7 +182,7 @@ def token_gradients(
             last = states.pop()
             answers = [inputs.batches[i].answers for i in part]
             directions = [
-                _logit_directions(blocks.model, last[k].to(device), a, samples, generator)
+                _logit_directions(blocks.model, last[k].to(device), a, samples, _noise(seed, inputs.first + part[k]))
                 for k, a in enumerate(answers)
             ]
         hidden = states.pop()
@@ -195,6 +197,11 @@ def token_gradients(
                     raise ModelError(f"layers.{index}: the answers' gradient at {name} is not finite")
                 squared[index][name].append(values.cpu())
     return TokenGradients(squared)
+
+
+def _noise(seed: int, batch: int) -> torch.Generator:
+    """Source of a batch's directions, whoever measures it."""
+    return torch.Generator().manual_seed(seed + 1_000_003 * batch)
 
 
 def _batches_together(inputs: BlockInputs, blocks: int) -> list[list[int]]:

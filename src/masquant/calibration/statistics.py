@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..distributed import gather, max_over_processes, sum_over_processes, world_size
+
 _DOUBLE_LIMIT = 4096
 _BAND = 1024
 HELD_TOKENS = 512  # per modality and group
@@ -89,6 +91,17 @@ class Moments:
         counts = self.counts + other.counts
         return Moments(absmax, self.magnitude + other.magnitude, counts, moment, self.with_moment)
 
+    def reduce(self) -> None:
+        """Make it that of all processes' samples."""
+        if any(gather(self.moment is not None)):
+            if self.moment is None:
+                shape = (*self.absmax.shape, self.absmax.shape[1])
+                self.moment = torch.zeros(shape, dtype=moment_dtype(shape[1]), device=self.absmax.device)
+            sum_over_processes(self.moment)
+        max_over_processes(self.absmax)
+        sum_over_processes(self.magnitude)
+        sum_over_processes(self.counts)
+
     @property
     def mean_magnitude(self) -> Tensor:
         """Mean of |x| over all tokens, float32 [in]."""
@@ -139,6 +152,15 @@ class GroupStatistics:
                 self.held[m] = torch.cat((self.held[m], x[deciding][:room]))
                 self.held_weights[m] = torch.cat((self.held_weights[m], weights[deciding][:room]))
 
+    def reduce(self) -> None:
+        """Make it that of all processes' samples."""
+        self.fitting.reduce()
+        self.deciding.reduce()
+        for m in range(len(self.held)):
+            device = self.held[m].device
+            self.held[m] = torch.cat([x.to(device) for x in gather(self.held[m].cpu())])[:HELD_TOKENS]
+            self.held_weights[m] = torch.cat([w.to(device) for w in gather(self.held_weights[m].cpu())])[:HELD_TOKENS]
+
     def merged(self) -> Moments:
         """Statistics over all samples."""
         return self.fitting + self.deciding
@@ -188,4 +210,6 @@ def collect_statistics(
     finally:
         for handle in handles:
             handle.remove()
+    for found in statistics.values() if world_size() > 1 else ():
+        found.reduce()
     return statistics

@@ -10,12 +10,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "U32": 4}
 _ITEM_BYTES |= {"F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
 _CHUNK = 16 * 2**20
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 
 def read_header(file: str | Path) -> tuple[dict[str, Any], int]:
@@ -57,6 +72,40 @@ def _check_entry(name: str, entry: Mapping[str, Any], size: int) -> None:
     item = _ITEM_BYTES.get(entry["dtype"])
     if item is not None and count * item != size:
         raise ValueError(f"{name}, {entry['dtype']} {entry['shape']}, has {size} bytes")
+
+
+class TensorFile:
+    """A safetensors file whose tensors are read one by one into memory of their own; nothing stays mapped."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            CheckpointError: as `read_header`.
+        """
+        self.path = path
+        self.entries, self._begin = read_header(path)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor.
+
+        Raises:
+            CheckpointError: it is not there, of a dtype that no model has, or cannot be read.
+        """
+        entry = self.entries.get(name)
+        dtype = DTYPES.get(entry["dtype"]) if entry else None
+        if entry is None or dtype is None:
+            raise CheckpointError(f"{self.path} holds no {name}" if entry is None else f"{name} is {entry['dtype']}")
+        start, stop = entry["data_offsets"]
+        data = torch.empty(stop - start, dtype=torch.uint8)
+        try:
+            with open(self.path, "rb") as stream:
+                stream.seek(self._begin + start)
+                if stream.readinto(data.numpy()) != stop - start:  # type: ignore[arg-type]
+                    raise OSError("it is cut off")
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error}") from error
+        return data.view(dtype).reshape(entry["shape"])
 
 
 def merge(files: Sequence[Path], target: Path) -> None:
@@ -114,7 +163,7 @@ def parts_of(files: Sequence[Path], limit: int) -> list[list[Path]]:
 
 
 def write_model(files: Sequence[Path], folder: Path, limit: int) -> None:
-    """The files' tensors as a model's weights: `model.safetensors`, or shards of at most `limit` bytes and an index."""
+    """The files' tensors as a model's weights: `model.safetensors`, or shards of up to `limit` bytes and an index."""
     parts = parts_of(files, limit)
     if len(parts) == 1:
         merge(parts[0], folder / "model.safetensors")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Output folders: written under a temporary name and renamed, and the finished blocks of an interrupted run.
 
-While a run goes on, `OUT.partial/` holds its fingerprint and, per finished block, a safetensors file and a record, which
-is written last: without it the block is not finished. `--resume` continues there if the fingerprint (model, recipe,
-calibration, versions) is the same. There is no config.json, so that nothing loads the folder as a model.
+While a run goes on, `OUT.partial/` holds its fingerprint and, per finished block, a safetensors file and a record,
+which is written last: without it the block is not finished. `--resume` continues there if the fingerprint (model,
+recipe, calibration, versions) is the same. There is no config.json, so that nothing loads the folder as a model.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ class BlockStore:
             CheckpointError: the finished blocks belong to another run, or the disk is full or not writable.
         """
         self.folder, self._write = folder, write
+        self.resumed = resume
         marker = folder / "fingerprint.json"
         wanted = json.loads(json.dumps(fingerprint))
         if resume and marker.exists():
@@ -175,13 +176,13 @@ class BlockStore:
         except OSError as error:
             raise CheckpointError(f"cannot write {folder}: {error}") from error
 
+    @property
+    def finished(self) -> int:
+        """How many blocks are."""
+        return len(list(self.folder.glob("block-*.json")))
+
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.safetensors"
-
-    @property
-    def rest(self) -> Path:
-        """File of the tensors that are in no block."""
-        return self.folder / "rest.safetensors"
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors, by name inside the block, and record of a finished block; None if it is not finished.
@@ -214,14 +215,15 @@ class BlockStore:
         except OSError as error:
             raise CheckpointError(f"cannot write {self.folder}: {error}; free some space and --resume") from error
 
-    def save_rest(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what is in no block, if it is not there yet.
+    def save_part(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors that are in no block, if they are not there yet.
 
         Raises:
             CheckpointError: the disk is full or not writable.
         """
-        if not self.rest.exists():
-            self._keep(self.rest, tensors)
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            self._keep(path, tensors)
 
     def _keep(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write under a temporary name, see it to the disk, rename."""
@@ -235,9 +237,9 @@ class BlockStore:
             temporary.unlink(missing_ok=True)
             raise CheckpointError(f"cannot write {path}: {error}; free some space and --resume") from error
 
-    def files(self, blocks: int) -> list[Path]:
-        """All files of a finished run, in the order of the model's names."""
-        return [self.rest, *(self._path(index) for index in range(blocks))]
+    def files(self) -> list[Path]:
+        """All tensors' files, blocks first."""
+        return sorted(self.folder.glob("*.safetensors"))
 
     def remove(self) -> None:
         """Delete the store."""

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
@@ -14,17 +16,17 @@ from typing import Any
 import torch
 import transformers
 from accelerate.hooks import remove_hook_from_submodules
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..blocks import AbstractBlocks
-from ..checkpoint.shards import read_header
+from ..checkpoint.shards import TensorFile
 from ..checkpoint.store import BlockStore
 from ..errors import CheckpointError, ModelError
 from ..models import decoder_blocks, decoder_of
 from ..progress import AbstractProgress
 
+MOST_LAYERS = 1000
 _HASHED_BYTES = 16 * 2**20
 
 
@@ -68,6 +70,7 @@ def meta_model(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
     """
     config = read_config(path)
     chosen = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    _check_depth(config.to_dict(), path)
     try:
         with torch.device("meta"):
             return model_class(config, path)(config).to(chosen or torch.float32)
@@ -75,6 +78,24 @@ def meta_model(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
         raise
     except Exception as error:  # sizes that do not fit together fail anywhere
         raise ModelError(f"{path}: its config.json describes no working model: {first_line(error)}") from error
+
+
+def _check_depth(config: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse numbers of layers that no model has: building it would take for ever, on the meta device too."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_depth(value, path)
+        elif str(key).endswith(("layers", "depth", "experts")) and isinstance(value, int) and value > MOST_LAYERS:
+            raise ModelError(f"{path}: its config.json says {key} = {value}; at most {MOST_LAYERS} are supported")
+
+
+def _check_size(path: str | Path, shell: nn.Module) -> None:
+    """Refuse a folder whose files hold far fewer numbers than the config promises, before memory is taken for them."""
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    promised = sum(tensor.numel() for tensor in shell.state_dict().values())
+    held = sum(file.stat().st_size for file in files)  # a number takes half a byte at least
+    if files and promised > 8 * held + 10**6:
+        raise CheckpointError(f"{path}: its config.json promises {promised} numbers, its files have {held} bytes")
 
 
 def load_any(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -86,6 +107,7 @@ def load_any(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     config = read_config(path)
     chosen = model_class(config, path)
+    _check_size(path, meta_model(path))
     options = {"dtype": "auto", "use_safetensors": True, **kwargs}
     try:
         model, info = chosen.from_pretrained(path, output_loading_info=True, **options)
@@ -138,14 +160,14 @@ class StreamedBlocks(AbstractBlocks):
         super().__init__(model)
         self.places = places
         self.store: BlockStore | None = None
-        headers = {file: read_header(file)[0] for file in self.files}
+        self._opened = {file: TensorFile(file) for file in self.files}
         for index, block in enumerate(decoder_blocks(model)):
             for name, tensor in block.state_dict().items():
                 full = self.prefix(index) + name
                 if full not in places:
                     raise CheckpointError(f"{model.name_or_path}: the tensor {full} is missing")
                 file, stored = places[full]
-                shape = headers[file][stored]["shape"]
+                shape = self._opened[file].entries[stored]["shape"]
                 if list(tensor.shape) != shape:
                     raise CheckpointError(f"{file}: {stored} has shape {shape}, the model needs {list(tensor.shape)}")
 
@@ -157,17 +179,9 @@ class StreamedBlocks(AbstractBlocks):
     def copy(self, index: int) -> nn.Module:
         block = deepcopy(decoder_blocks(self.model)[index])
         tensors: dict[str, Tensor] = {}
-        by_file: dict[Path, list[tuple[str, str, torch.dtype]]] = {}
         for name, tensor in block.state_dict().items():
             file, stored = self.places[self.prefix(index) + name]
-            by_file.setdefault(file, []).append((name, stored, tensor.dtype))
-        for file, wanted in by_file.items():
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name, stored, dtype in wanted:
-                        tensors[name] = opened.get_tensor(stored).to(dtype, copy=True)  # no view of the mapped file
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"cannot read {file}: {error}") from error
+            tensors[name] = self._opened[file].read(stored).to(tensor.dtype)
         block.load_state_dict(tensors, assign=True)
         return block
 
@@ -179,12 +193,16 @@ class StreamedBlocks(AbstractBlocks):
 
     def leave_rest(self) -> None:
         """Write what is in no block to the store, and give its memory back."""
-        if self.store is None:
-            return
-        state = self.model.state_dict()
-        inside = tuple(self.prefix(index) for index in range(len(self)))
-        self.store.save_rest({name: tensor for name, tensor in state.items() if not name.startswith(inside)})
+        if self.store is not None:
+            state = self.model.state_dict()
+            inside = tuple(self.prefix(index) for index in range(len(self)))
+            rest = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
+            self.store.save_part("rest", rest)
         self.model.to("meta")
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.store is not None:
+            self.store.save_part(name, {self.prefix(0).removesuffix("layers.0.") + name: tensor})
 
 
 def load_streamed(path: str | Path, *, dtype: str, device: torch.device, folder: Path | None = None) -> StreamedBlocks:
@@ -204,7 +222,13 @@ def load_streamed(path: str | Path, *, dtype: str, device: torch.device, folder:
     layers = decoder_of(shell).layers
     assert isinstance(layers, nn.ModuleList)
     devices = _devices(shell, layers, str(device))
-    model = load_any(path, dtype=dtype, device_map=devices, offload_folder=None if folder is None else str(folder))
+    said = logging.getLogger("accelerate.big_modeling")
+    level = said.level
+    with warnings.catch_warnings():
+        said.setLevel(logging.ERROR)  # that parameters are on the meta device is what is wanted
+        warnings.filterwarnings("ignore", message="The following device_map keys do not match any submodules")
+        model = load_any(path, dtype=dtype, device_map=devices, offload_folder=None if folder is None else str(folder))
+    said.setLevel(level)
     places: dict[str, tuple[Path, str]] = {}
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)

@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.format import QUANT_METHOD, CheckpointFormat, Site, TensorSpec, expected_tensors, parse_format
-from ..checkpoint.shards import read_header
+from ..checkpoint.shards import DTYPES, read_header
 from ..errors import CheckpointError, ModelError
 from ..modality import ModalityState, attach_routing
 from ..models import decoder_blocks, decoder_of, family_of, modality_tokens_of
@@ -32,14 +32,6 @@ from ..runtime.head import MasquantHead, replace_head
 from ..runtime.transforms import LEARNED_ROTATION, attach_residual_rotation, reserve_learned_rotation
 
 _OWN_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "smooth_scale")
-_DTYPES = {
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "I8": torch.int8,
-}
 
 
 class MasquantConfig(QuantizationConfigMixin):
@@ -167,7 +159,7 @@ def read_headers(files: Sequence[str | Path]) -> dict[str, TensorSpec]:
                 raise CheckpointError(
                     f"{Path(file).name} holds {name}, which another file of the checkpoint holds too"
                 )
-            found[name] = (tuple(entry["shape"]), _DTYPES.get(entry["dtype"]))
+            found[name] = (tuple(entry["shape"]), DTYPES.get(entry["dtype"]))
     return found
 
 

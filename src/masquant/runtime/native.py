@@ -117,6 +117,7 @@ _SIGNATURES = {
     ),
     "mq_patched_tokens": (c_int64, []),
     "mq_read": (c_int64, [c_void_p, c_int64]),
+    "mq_peak": (c_int64, [c_int64]),
 }
 
 
