@@ -18,6 +18,7 @@ from masquant.conversation import Answer, Message, Part, Responder, Sampling
 from masquant.errors import DataError
 from masquant.pipeline import quantize
 from masquant.recipe import Recipe
+from masquant.runtime.native import instruction_sets
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
 OMNI = "qwen2_5_omni"
@@ -60,20 +61,44 @@ def test_inputs_and_answer_are_those_of_the_toolkit(family: str, tmp_path: Path)
     )
 
 
-def test_a_quantized_model_answers_as_generate_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_kernels", [True, False])
+def test_a_quantized_model_answers_as_generate_does(
+    in_kernels: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its linears learn every token's modality from the forward pass, here in another thread."""
+    if in_kernels and not instruction_sets():
+        pytest.skip("there are no kernels")
     model, processor = talking_model(OMNI), tiny_processor(OMNI)
     samples = load_samples(tiny_samples(OMNI, tmp_path, count=6))
     quantize(model, processor, samples, recipe=Recipe.preset("masquant-paper", "W4A8", 32))
     spoken = next(s for s in samples if s.image is not None and s.audio is not None)
     responder = Responder(model, processor)
+    if not in_kernels:
+        monkeypatch.setattr("masquant.conversation.decodes_natively", lambda _: False)
     messages = [user(spoken.prompt, image=spoken.image, audio=spoken.audio)]
-    text = "".join(responder.answer(messages, GREEDY))
     inputs = responder.encode(messages)
-    output = model.generate(
-        **inputs, max_new_tokens=24, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id
-    )
-    assert text == processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    output = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=256)
+    text = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    if in_kernels:
+        monkeypatch.setattr(model, "generate", None)
+    answer = responder.answer(messages, GREEDY)
+    assert "".join(answer) == text
+    assert (answer.completion_tokens, answer.finish_reason) == (24, "length")
+    new = output[0, inputs["input_ids"].shape[1] :].tolist()
+    end = new[6]
+    model.generation_config.eos_token_id = end
+    short = responder.answer(messages, GREEDY)
+    said = processor.tokenizer.decode(new[: new.index(end)])
+    assert "".join(short) in (
+        said,
+        said + processor.tokenizer.decode(end),
+    )  # generate shows an end that is not special
+    assert (short.completion_tokens, short.finish_reason) == (new.index(end) + 1, "stop")
+    model.generation_config.eos_token_id = VOCAB_SIZE
+    long = responder.answer(messages, Sampling(700, temperature=0))
+    next(long)
+    long.close()
+    assert 0 < long.completion_tokens < 700 and long.finish_reason == "cancelled"
 
 
 def test_media_of_all_turns_are_seen(responder: Responder, tmp_path: Path) -> None:

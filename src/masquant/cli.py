@@ -460,6 +460,7 @@ def chat(
     from .api import load_processor
     from .chat import Chat, attachment, tokens_per_second, typed_lines
     from .conversation import Responder, Sampling
+    from .inspection import scheme_of
     from .integrations.loading import load_any
 
     if as_json and prompt is None:
@@ -471,6 +472,7 @@ def chat(
         responder, console, system=system, sampling=Sampling(max_new_tokens, temperature), attached=attached
     )
     if prompt is None:
+        typer.echo(f"{scheme_of(responder.model)}, {responder.decoding}; /help lists the commands", err=True)
         conversation.run(typed_lines())
         typer.echo(conversation.summary(), err=True)
         return

@@ -360,6 +360,11 @@ class Responder:
             sampling = Sampling(room, sampling.temperature, sampling.top_p, sampling.stop)
         return stream(self.model, self.encoder.tokenizer, inputs, sampling, self._worker)
 
+    @property
+    def decoding(self) -> str:
+        """How answers are decoded, for people."""
+        return "decoded in masquant's kernels" if decodes_natively(self.model) else "decoded by transformers"
+
     def close(self) -> None:
         """End the worker thread, after the answers that were started."""
         self._worker.shutdown()

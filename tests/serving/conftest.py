@@ -40,7 +40,7 @@ class Running:
         return self.app.state.server.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come true"

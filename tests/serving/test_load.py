@@ -51,9 +51,10 @@ def process(tmp_path: Path) -> Iterator[Process]:
     with subprocess.Popen([*command, "--grace", "20"], stderr=subprocess.PIPE, text=True) as running_process:
         try:
             assert running_process.stderr is not None
-            line = running_process.stderr.readline()
-            found = re.search(r"serving model at (http://127\.0\.0\.1:\d+); Ctrl-C", line)
-            assert found, line + running_process.stderr.read()
+            lines = [running_process.stderr.readline() for _ in range(2)]
+            assert lines[0] == "model: float, decoded by transformers\n", lines
+            found = re.search(r"serving model at (http://127\.0\.0\.1:\d+); Ctrl-C", lines[1])
+            assert found, lines
             address = (found[1].split(":")[1][2:], int(found[1].split(":")[2]))
             wait_for(lambda: answers(address))
             yield Process(running_process, found[1])

@@ -69,5 +69,7 @@ def serve(
         app = create_app(served, limits=limits, api_key=api_key, hosts=LOCAL_HOSTS if is_local(host) else ("*",))
         address = listener.getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+        for one in served:
+            note(f"{one.name}: {one.about.scheme}, {one.responder.decoding}")
         note(f"serving {' and '.join(m.name for m in served)} at http://{shown}:{address[1]}; Ctrl-C ends it")
         run(app, listener, grace_seconds=grace_seconds)
