@@ -19,11 +19,12 @@ LAYERS = (
     {"runtime"},
     {"checkpoint", "solver", "allocation"},
     {"integrations", "block", "refinement", "spending"},
+    {"original"},
     {"run"},
     {"pipeline"},
     {"card"},
     {"api", "evaluation"},
-    {"compare", "demo"},
+    {"compare", "demo", "report"},
     {"inspection", "showcase"},
     {"cli", "__init__"},
 )

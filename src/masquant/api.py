@@ -119,7 +119,7 @@ def save(
         output: folder to write, replaced if it exists.
         report: of `quantize`.
         source: folder of the float model, whose other small files are copied along.
-        evaluation: result of `evaluate` for the card.
+        evaluation: for the card's table of losses, see `card.with_loss`; also goes into report.json.
 
     Raises:
         CheckpointError: the disk is full or not writable.
@@ -130,8 +130,9 @@ def save(
         if source is not None and source.is_dir():
             copy_side_files(source, folder)
         (folder / "recipe.yaml").write_text(report.recipe.to_yaml())
-        write_json(folder / "report.json", report.to_dict())
-        (folder / "README.md").write_text(model_card(model, report, source, evaluation))
+        measured = {} if evaluation is None else {"evaluation": dict(evaluation)}
+        write_json(folder / "report.json", {**report.to_dict(), **measured})
+        (folder / "README.md").write_text(model_card(report, evaluation), encoding="utf-8")
 
 
 def copy_side_files(source: Path, folder: Path) -> None:

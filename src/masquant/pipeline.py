@@ -9,6 +9,7 @@ weight, patches); fold and put the quantized linears in place; run it again for 
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,20 +51,24 @@ class QuantizationReport:
     """What was done, for report.json.
 
     Attributes:
+        model: hub id of the float model, or the name of its folder; empty if unknown.
         recipe: resolved.
         format: of the checkpoint.
         calibration: samples and tokens per modality.
         blocks: one record per block.
-        bytes: of the decoder's linears: packed, smooth_scale, compensation, and float before.
+        bytes: of the decoder's linears: packed, smooth_scale, compensation, and float before; kept: of all else.
+        not_quantized: modules and patterns of linears in floating point.
         notes: what a user should know.
         seconds, peak_memory: of the whole run; bytes of the process.
     """
 
+    model: str
     recipe: Recipe
     format: CheckpointFormat
     calibration: dict[str, Any]
     blocks: list[dict[str, Any]]
     bytes: dict[str, int]
+    not_quantized: list[str]
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory: int = 0
@@ -72,6 +77,17 @@ class QuantizationReport:
         """As JSON."""
         return {
             "version": __version__,
+            "versions": {
+                "masquant": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers_version,
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+            },
+            "model": self.model,
+            "modalities": [m.value for m in self.format.modalities],
+            "recipe": self.recipe.to_dict(),
+            "not_quantized": self.not_quantized,
             "method": self.recipe.method,
             "scheme": self.recipe.scheme.name,
             "calibration": self.calibration,
@@ -160,15 +176,23 @@ def quantize(
     sizes = {key: sum(g["bytes"][key] for r in records for g in r["groups"]) for key in
              ("packed", "smooth_scale", "compensation")}  # fmt: skip
     return QuantizationReport(
+        model_name(model),
         recipe,
         checkpoint,
         used,
         records,
-        {**sizes, "float_before": plan.float_bytes},
+        {**sizes, "float_before": plan.float_bytes, "kept": plan.other_bytes},
+        [*plan.family.encoders, "embeddings", "norms", "lm_head", *plan.kept],
         notes,
         time.monotonic() - start,
         peak_memory(),
     )
+
+
+def model_name(model: PreTrainedModel) -> str:
+    """Hub id that a model was loaded by, or the name of its folder."""
+    name = str(model.config.name_or_path)
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def open_store(

@@ -27,6 +27,7 @@ from .checkpoint.store import BlockStore
 from .errors import ModelError
 from .modality import Modality, ModalityState
 from .models import decoder_blocks, decoder_of, linear_of
+from .original import OriginalGroup, original_groups, plain_errors
 from .plan import GroupPlan, Plan, group_rotation, site_key
 from .progress import AbstractProgress
 from .recipe import Recipe
@@ -79,6 +80,7 @@ class Run:
     float_hidden: HiddenStates | None = None
     spending: Spending | None = None
     learned_rotation: Tensor | None = None
+    originals: dict[str, OriginalGroup] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         learned = self.recipe.smoothing.learned
@@ -117,14 +119,17 @@ class Run:
         block = (deepcopy(block) if copy else block).to(self.device).float()
         if self.recipe.rotations is not None:
             config = decoder_of(self.model).config
-            rotations, learned = self.recipe.rotations, self.learned_rotation
-            rotate_block(block, self.plan.family, self.plan.blocks[index], rotations, config, learned)
+            rotations, learned, groups = self.recipe.rotations, self.learned_rotation, self.plan.blocks[index]
+            if not copy:
+                self.originals = original_groups(block, groups, rotations, config, learned, self.model.dtype)
+            rotate_block(block, self.plan.family, groups, rotations, config, learned)
         return block
 
     def solve(self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...]) -> dict[str, Any]:
         """Quantize one block; its report."""
         targets, statistics = self.observe(block, index, groups)
         self.check(index, statistics)
+        plain = self.plain_errors(block, groups, statistics)
         self.advance_float(block, index)
         learned, learning = self.learn(block, index, groups, statistics, targets)
         config = decoder_of(self.model).config
@@ -147,7 +152,10 @@ class Run:
         self.sites.update({site_key(index, name): site for name, site in sites.items() if site != Site()})
         return {
             "block": index,
-            "groups": [group_record(g, solutions[g.name]) for g in groups],
+            "groups": [
+                group_record(g, solutions[g.name], statistics[g.name], self.state.tokens.modalities, plain[g.name])
+                for g in groups
+            ],
             "error": self.advance(block, index, targets),
             **learning,
             **refining,
@@ -175,8 +183,22 @@ class Run:
             len(self.state.tokens.modalities),
             self.recipe.needs_moments,
             self.token_weights(index),
+            {name: original.inputs for name, original in self.originals.items()},
         )
         return targets, statistics
+
+    def plain_errors(
+        self, block: nn.Module, groups: tuple[GroupPlan, ...], statistics: Mapping[str, GroupStatistics]
+    ) -> dict[str, Mapping[Modality, float]]:
+        """Per group and modality, the relative error of rounding the float model to nearest."""
+        originals, self.originals = self.originals, {}
+        bits, found = self.recipe.scheme.input_activations.num_bits, {}
+        for group in groups:
+            original = originals.pop(group.name, None) or OriginalGroup(stacked_weight(block, group))
+            found[group.name] = plain_errors(
+                group, original, statistics[group.name], self.state.tokens.modalities, bits
+            )
+        return found
 
     def token_weights(self, index: int) -> dict[str, list[Tensor]] | None:
         """Weights of the tokens in the block's statistics, per group and batch."""
