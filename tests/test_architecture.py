@@ -25,7 +25,8 @@ LAYERS = (
     {"card"},
     {"api", "evaluation"},
     {"compare", "demo", "report"},
-    {"inspection", "showcase"},
+    {"inspection", "showcase", "conversation", "recording"},
+    {"chat", "serving"},
     {"cli", "__init__"},
 )
 

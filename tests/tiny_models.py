@@ -307,6 +307,15 @@ def tiny_model(family: str, seed: int = 0) -> hf.PreTrainedModel:
     return model
 
 
+def talking_model(family: str) -> hf.PreTrainedModel:
+    """`tiny_model` whose generation config makes it write words of the letters a to h without end."""
+    model = tiny_model(family)
+    letters = {index for index, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())) if c in "abcdefgh\u0120"}
+    others = [token for token in range(VOCAB_SIZE) if token not in letters]
+    model.generation_config.update(suppress_tokens=others, no_repeat_ngram_size=4, eos_token_id=VOCAB_SIZE)
+    return model
+
+
 def _tokenizer(settings: TinyFamily) -> hf.PreTrainedTokenizerFast:
     """One token per byte, plus the special tokens; a `bos_token` is put before every text."""
     tokens, ids = settings.special_tokens, settings.token_ids

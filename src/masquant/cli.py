@@ -461,6 +461,62 @@ def check(out: OutArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or any model.", show_default=False)],
+    image: Annotated[list[Path] | None, typer.Option(help="Picture for the first message; repeatable.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="Sound for the first message; repeatable.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this one message and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the system message says.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: the likeliest tokens.", min=0, max=2, show_default="the model's own")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="With --prompt: print JSON.")] = False,
+) -> None:
+    """Talk to a model in the terminal: text, pictures and sounds; /help lists the commands.
+
+    Example: `masquant chat omni-w4a8 --image cat.jpg --prompt "What is shown in the picture?"`
+    """
+    from .api import load_any
+    from .chat import Chat, attachment, tokens_per_second, typed_lines
+    from .compare import load_processor
+    from .conversation import Responder, Sampling
+
+    if as_json and prompt is None:
+        raise typer.BadParameter("--json needs --prompt")
+    attached = [attachment("image", str(f)) for f in image or ()] + [attachment("audio", str(f)) for f in audio or ()]
+    responder = Responder(load_any(model, dtype=dtype).to(_device(device)), load_processor(model))
+    console = Console(quiet=as_json, force_terminal=False if prompt is not None else None)
+    conversation = Chat(
+        responder, console, system=system, sampling=Sampling(max_new_tokens, temperature), attached=attached
+    )
+    if prompt is None:
+        conversation.run(typed_lines())
+        typer.echo(conversation.summary(), err=True)
+        return
+    answer = conversation.say(prompt)
+    if as_json:
+        from .run import peak_memory
+
+        _print_json(
+            {
+                "answer": conversation.messages[-1].parts[0].content if len(conversation.messages) > 1 else "",
+                "finish_reason": answer.finish_reason,
+                "prompt_tokens": answer.prompt_tokens,
+                "completion_tokens": answer.completion_tokens,
+                "first_token_seconds": answer.first_token_seconds,
+                "tokens_per_second": tokens_per_second([answer]),
+                "model_bytes": conversation.memory,
+                "peak_memory": peak_memory(),
+            }
+        )
+    if answer.finish_reason == "cancelled":
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the checkpoint is left.")] = Path(
         "omni-135m-w4a8"
