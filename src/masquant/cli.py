@@ -395,6 +395,8 @@ def compare(
 
     if report is not None:
         check_target(report)
+        if json_file is not None and json_file.resolve() == report.with_suffix(".json").resolve():
+            raise DataError(f"{json_file} is where the page's own numbers go; give --json another name")
     samples = load_samples(data, limit=limit)
     records: dict[str, Any] = {}
     results = run(
