@@ -22,7 +22,7 @@ from masquant.compare import compare
 from masquant.errors import CheckpointError, DataError
 from masquant.evaluation import Evaluation, ModelDescription, SampleScore, comparison_dict, results_of
 from masquant.report import comparison_content, embed_examples, evaluation_record, example_ids, render_page, report_run
-from masquant.report.charts import _log_ticks
+from masquant.report.charts import _log_ticks, by_kind, group_title
 
 FAMILY = "qwen2_5_omni"
 
@@ -113,6 +113,21 @@ def test_logarithmic_ticks(domain: tuple[float, float]) -> None:
     ticks = _log_ticks(domain)
     assert all(domain[0] <= tick <= domain[1] for tick in ticks) and len(ticks) <= 8
     assert all(re.fullmatch(r"[125]e[+-]\d\d", f"{tick:.0e}") for tick in ticks)
+
+
+def test_experts_are_drawn_as_one(world: World) -> None:
+    blocks = world.records["rtn"]["blocks"]
+    assert by_kind(blocks) == blocks
+    one, other = (blocks[i]["groups"][3] for i in (0, 1))
+    names = [{**one, "group": "experts.0.down"}, {**other, "group": "experts.11.down"}]
+    (merged,) = by_kind([{"block": 0, "groups": names}])[0]["groups"]
+    assert merged["group"] == "experts.down" and group_title(merged["group"]) == "input of down of experts"
+    for name in ("text", "audio"):
+        pair = [g["ranges"]["before"]["channels"][name] for g in (one, other)]
+        found = merged["ranges"]["before"]["channels"][name]
+        assert found["max"] == max(p["max"] for p in pair) and found["min"] == min(p["min"] for p in pair)
+        assert found["median"] == pytest.approx(sum(p["median"] for p in pair) / 2)
+        assert merged["errors"][name] == pytest.approx((one["errors"][name] + other["errors"][name]) / 2)
 
 
 def spec_numbers(page: str) -> set[str]:

@@ -7,7 +7,10 @@ Colours are CSS variables of the page, so that light, dark and print need no sec
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +189,69 @@ class Ranges:
     misalignment: Figure | None
 
 
+def by_kind(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Blocks with one group of each kind: those that differ by a number in their name, as experts do, become one.
+
+    Of several groups it has the widest range, the worst misalignment, the mean error, the commonest choice, and the
+    sum of ranks and bytes.
+    """
+    found = []
+    for block in blocks:
+        kinds: dict[str, list[Mapping[str, Any]]] = {}
+        for group in block["groups"]:
+            kinds.setdefault(re.sub(r"\.\d+(?=\.)", "", group["group"]), []).append(group)
+        groups = [dict(own[0]) if len(own) == 1 else _together(kind, own) for kind, own in kinds.items()]
+        found.append({**block, "groups": groups})
+    return found
+
+
+def _together(kind: str, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One record of several groups; see `by_kind`."""
+
+    def merged(values: Iterable[Mapping[str, float]], combine: Callable[[list[float]], float]) -> dict[str, float]:
+        lists: dict[str, list[float]] = {}
+        for value in values:
+            for key, number in value.items():
+                lists.setdefault(key, []).append(number)
+        return {key: combine(numbers) for key, numbers in lists.items()}
+
+    def ranges(state: str) -> dict[str, Any]:
+        own = [group["ranges"][state] for group in groups]
+        middle: Callable[[list[float]], float] = statistics.median
+        combine: dict[str, Callable[[list[float]], float]] = {
+            "min": min,
+            "q25": middle,
+            "median": middle,
+            "q75": middle,
+        }
+        names = dict.fromkeys(name for r in own for name in r["channels"])
+        channels = {
+            name: {
+                key: combine.get(key, max)([r["channels"][name][key] for r in own if name in r["channels"]])
+                for key in ("min", "q25", "median", "q75", "max")
+            }
+            for name in names
+        }
+        return {"channels": channels, "misalignment_db": merged((r["misalignment_db"] for r in own), min)}
+
+    return {
+        **groups[0],
+        "group": kind,
+        "ranges": {state: ranges(state) for state in groups[0]["ranges"]},
+        "plain_errors": merged((g["plain_errors"] for g in groups), statistics.fmean),
+        "errors": merged((g["errors"] for g in groups), statistics.fmean),
+        "choice": Counter(g["choice"] for g in groups).most_common(1)[0][0],
+        "rank": {key: int(rank) for key, rank in merged((g["rank"] for g in groups), sum).items()},
+    }
+
+
+def group_title(group: str) -> str:
+    """What feeds a group, for people."""
+    experts, _, role = group.rpartition(".")
+    title = GROUP_TITLES.get(role, f"input of {role}")
+    return f"{title} of {experts}" if experts else title
+
+
 def range_rows(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows `{"block", "group", "before", "after"}` of a record's blocks."""
     return [
@@ -206,7 +272,7 @@ def range_figures(rows: Sequence[Mapping[str, Any]]) -> list[Ranges]:
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
         keys = list(dict.fromkeys(key for row in own for key in row["before"]["channels"]))
-        title = GROUP_TITLES.get(group, group)
+        title = group_title(group)
         pictures: dict[str, Figure | None] = {"before": None, "after": None}
         domains = {
             state: _domain([v for row in own for c in row[state]["channels"].values() for v in (c["q25"], c["max"])])
@@ -325,7 +391,7 @@ def error_figures(blocks: Sequence[Mapping[str, Any]], modalities: Sequence[str]
             for state, errors in (("before", g["plain_errors"]), ("after", g["errors"]))
             for key, error in errors.items()
         ]
-        title = "output of " + GROUP_TITLES.get(group, f"input of {group}").removeprefix("input of ")
+        title = "output of " + group_title(group).removeprefix("input of ")
         figures.append(_error_figure(title, values, modalities, len(blocks)))
     return figures
 

@@ -108,6 +108,7 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         return {**view, "ranges": charts.range_figures([{**row, "before": row} for row in content["ranges"]])}
     record = records[main]
     blocks, modalities = record["blocks"], record["modalities"]
+    kinds = charts.by_kind(blocks)
     named = [{**g, "block": block["block"]} for block in blocks for g in block["groups"]]
     seen = [m for m in modalities if any(m in block["error"] for block in blocks)]
     return {
@@ -115,10 +116,10 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         "record": record,
         "recipe": yaml.safe_dump(record["recipe"], sort_keys=False),
         "size": low_bit_bytes(record),
-        "ranges": charts.range_figures(charts.range_rows(blocks)),
+        "ranges": charts.range_figures(charts.range_rows(kinds)),
         "block_errors": [charts.block_error_figure(records, main, m) for m in seen],
-        "group_errors": charts.error_figures(blocks, seen),
-        "choices": charts.choice_figure(blocks),
+        "group_errors": charts.error_figures(kinds, seen),
+        "choices": charts.choice_figure(kinds),
         "kinds": _counts(charts.vector_kind(g["choice"]) for g in named),
         "patched": sum(bool(g["rank"]) for g in named),
         "num_sites": len(named),
