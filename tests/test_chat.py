@@ -129,7 +129,7 @@ def test_an_interrupted_answer_is_kept(chat: Chat, monkeypatch: pytest.MonkeyPat
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert printable("a\x1b]0;title\x07b\tc\nd\u202e") == "a\ufffd]0;title\ufffdb\tc\nd\ufffd"
-    assert printable("Größe 大きさ 🙂") == "Größe 大きさ 🙂"
+    assert printable("Größe 大きさ 👩\u200d🔬") == "Größe 大きさ 👩\u200d🔬"
 
 
 class Microphone:

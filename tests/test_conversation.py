@@ -16,6 +16,8 @@ from masquant.calibration.dataset import load_samples
 from masquant.calibration.encoding import SampleEncoder
 from masquant.conversation import Answer, Message, Part, Responder, Sampling
 from masquant.errors import DataError
+from masquant.pipeline import quantize
+from masquant.recipe import Recipe
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
 OMNI = "qwen2_5_omni"
@@ -56,6 +58,22 @@ def test_inputs_and_answer_are_those_of_the_toolkit(family: str, tmp_path: Path)
     assert 0 < answer.first_token_seconds < 60 and answer.tokens_per_second == pytest.approx(
         23 / answer.decode_seconds
     )
+
+
+def test_a_quantized_model_answers_as_generate_does(tmp_path: Path) -> None:
+    """Its linears learn every token's modality from the forward pass, here in another thread."""
+    model, processor = talking_model(OMNI), tiny_processor(OMNI)
+    samples = load_samples(tiny_samples(OMNI, tmp_path, count=6))
+    quantize(model, processor, samples, recipe=Recipe.preset("masquant-paper", "W4A8", 32))
+    spoken = next(s for s in samples if s.image is not None and s.audio is not None)
+    responder = Responder(model, processor)
+    messages = [user(spoken.prompt, image=spoken.image, audio=spoken.audio)]
+    text = "".join(responder.answer(messages, GREEDY))
+    inputs = responder.encode(messages)
+    output = model.generate(
+        **inputs, max_new_tokens=24, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id
+    )
+    assert text == processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_media_of_all_turns_are_seen(responder: Responder, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .calibration.statistics import GroupStatistics, describe_ranges
+from .calibration.statistics import GroupStatistics, InputRanges, describe_ranges
 from .checkpoint.format import Site
 from .errors import ModelError
 from .modality import Modality, ModalityState
@@ -28,6 +28,8 @@ from .runtime.build import fill_group, replace_group
 from .runtime.transforms import attach_input_rotation
 from .smoothing.scales import exact_norm_fold, share_across_query_heads
 from .solver import GroupProblem, GroupSolution, added_bytes, solution_patch_bytes, solve_group, vector_bytes
+
+_BAND = 1024  # rows that are in float64 at a time
 
 
 def stacked_weight(block: nn.Module, group: GroupPlan) -> Tensor:
@@ -50,6 +52,13 @@ def _heads_of(group: LinearGroup, block: nn.Module, config: Any, features: int) 
             "the family's description is wrong for this model"
         )
     return heads, kv_heads
+
+
+def _turn(rows: Tensor, rotation: Rotation, gain: Tensor | None = None) -> None:
+    """Rotate rows [rows, n], times `gain` [n] if given, in place; in float64, a band at a time."""
+    for band in rows.split(_BAND):
+        wide = band.double() if gain is None else band.double() * gain
+        band.copy_(rotation.apply(wide))
 
 
 def rotate_block(
@@ -78,11 +87,11 @@ def rotate_block(
                 raise ModelError(f"{group.fold_into} has a bias: the residual stream cannot be rotated")
             gain = cast(nn.Parameter, norm.weight)
             for linear in linears:
-                linear.weight.copy_(residual.apply(linear.weight.double() * gain.double()))
+                _turn(linear.weight, residual, gain.double())
             gain.fill_(1.0)
         if residual is not None and group.writes_residual:
             for linear in linears:
-                linear.weight.copy_(residual.apply(linear.weight.double().t()).t())
+                _turn(linear.weight.t(), residual)
                 if linear.bias is not None:
                     linear.bias.copy_(residual.apply(linear.bias.double()))
         if group.fold_kind == "heads" and rotations.heads:
@@ -97,7 +106,7 @@ def rotate_block(
         rotation = group_rotation(planned.get(group.name), rotations)
         for linear in linears if rotation is not None else ():
             assert rotation is not None
-            linear.weight.copy_(rotation.apply(linear.weight.double()))
+            _turn(linear.weight, rotation)
             attach_input_rotation(linear, rotation)
 
 
@@ -142,7 +151,7 @@ def fold_vector(group: GroupPlan, scale: Tensor, config: Any) -> Tensor:
 def solve_block(
     block: nn.Module,
     groups: tuple[GroupPlan, ...],
-    statistics: Mapping[str, GroupStatistics],
+    statistics: Callable[[GroupPlan], GroupStatistics],
     state: ModalityState,
     recipe: Recipe,
     config: Any,
@@ -156,7 +165,7 @@ def solve_block(
     Args:
         block: unquantized.
         groups: of the block.
-        statistics: per group.
+        statistics: by group, asked for once each, the last group first.
         state: the model's modalities.
         recipe: what to do.
         config: the decoder's config (numbers of heads).
@@ -174,7 +183,7 @@ def solve_block(
         problem = GroupProblem(
             group.name,
             weight,
-            statistics[group.name],
+            statistics(group),
             state.tokens.modalities,
             recipe,
             group.linears[0].grid,
@@ -185,6 +194,7 @@ def solve_block(
             *terms(group, sum(added_bytes(s) for s in solutions.values())),
         )
         solution = solutions[group.name] = solve_group(problem)
+        del problem  # and its statistics, before the next group's come
         if group.group.fold_kind != "norm":
             folds[group.group.fold_into] = fold_vector(group, solution.text_scale, config)
     return solutions, folds
@@ -252,7 +262,7 @@ def apply_solutions(
 def group_record(
     group: GroupPlan,
     solution: GroupSolution,
-    statistics: GroupStatistics,
+    ranges: InputRanges,
     modalities: Sequence[Modality],
     plain: Mapping[Modality, float],
 ) -> dict[str, Any]:
@@ -261,21 +271,19 @@ def group_record(
     Args:
         group: what was planned.
         solution: what is stored.
-        statistics: of the group's input.
+        ranges: of the group's input.
         modalities: of the model.
         plain: per modality, the relative error of rounding the float model's group to nearest.
     """
-    found, names = statistics.merged(), [m.value for m in modalities]
-    smoothed = found.absmax / solution.text_scale
+    names = [m.value for m in modalities]
+    smoothed = ranges.absmax / solution.text_scale
     if solution.smooth_scale is not None:
         smoothed = smoothed / solution.smooth_scale
-    present = found.counts > 0
-    original = found.absmax if statistics.original is None else statistics.original
     return {
         "group": group.name,
         "ranges": {
-            "before": describe_ranges(original, present, names),
-            "after": describe_ranges(smoothed, present, names),
+            "before": describe_ranges(ranges.original, ranges.present, names),
+            "after": describe_ranges(smoothed, ranges.present, names),
         },
         "plain_errors": {m.value: e for m, e in plain.items()},
         "choice": str(solution.choice),

@@ -55,6 +55,10 @@ Without `import masquant` transformers only warns, and fills the packed weights 
 | smoothing vectors | {{ mib(bytes.smooth_scale) }} |
 | low-rank patches | {{ mib(bytes.compensation) }} |
 | the same linears before | {{ mib(bytes.float_before) }} |
+{% if bytes.lm_head %}
+| embeddings and head in 8 bits | {{ mib(bytes.lm_head) }} |
+| the same before | {{ mib(bytes.lm_head_before) }} |
+{% endif %}
 | in floating point as before | {{ mib(bytes.kept) }} |
 
 Not quantized: {% for name in not_quantized %}`{{ name }}`{{ ", " if not loop.last }}{% endfor %}.

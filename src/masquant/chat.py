@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from .evaluation import human_bytes
 from .recording import record
 from .run import peak_memory
 
+_EMBEDDINGS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 HELP = """\
 /image PATH   show a picture with the next message
 /audio PATH   let it hear a sound with the next message
@@ -51,8 +53,13 @@ def _check(part: Part, where: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Text without control characters, with which a model could command the terminal; newlines and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    """Text without what could command the terminal or turn the writing's direction; newlines and tabs stay."""
+    return "".join("\ufffd" if _commands(c) else c for c in text)
+
+
+def _commands(character: str) -> bool:
+    control = unicodedata.category(character) == "Cc" and character not in "\n\t"
+    return control or unicodedata.bidirectional(character) in _EMBEDDINGS
 
 
 class Chat:

@@ -23,6 +23,11 @@ KINDS = ("image", "video", "audio")
 _MARKER = "\ue000"  # stands for the answer while its place is looked for; a private character, in no real text
 
 
+def by_length(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples in the order in which they form batches: by kind, then by length."""
+    return sorted(samples, key=lambda s: (s.text is not None, s.media, estimated_tokens(s), s.id))
+
+
 @dataclass(frozen=True)
 class EncodedBatch:
     """A batch of samples, padded on the left, on CPU.
@@ -94,7 +99,7 @@ class SampleEncoder:
         """
         if batch_size < 1:
             raise DataError(f"the batch size must be at least 1, got {batch_size}")
-        ordered = sorted(samples, key=lambda s: (s.text is not None, s.media, estimated_tokens(s), s.id))
+        ordered = by_length(samples)
         for start in range(0, len(ordered), batch_size):
             yield self.encode(ordered[start : start + batch_size], with_answer=with_answer)
 

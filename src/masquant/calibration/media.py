@@ -263,7 +263,7 @@ def _mono_in_memory(source: Mapping[str, Any], where: str) -> tuple[np.ndarray, 
 def _mono_file(source: Path | bytes, what: str) -> tuple[np.ndarray, int]:
     """Mono float32 [frames] of a file, read in pieces, and its rate."""
     with _reading(what, "is a broken sound file"), soundfile.SoundFile(_file(source)) as file:
-        pieces = file.blocks(blocksize=1 << 20, dtype="float32", always_2d=True)
+        pieces = file.blocks(1 << 20, frames=file.frames, dtype="float32", always_2d=True)
         wave = np.concatenate([piece.mean(axis=1) for piece in pieces])
         if len(wave) != file.frames:
             raise DataError(f"{what} is cut off: {len(wave)} of {file.frames} frames")

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import gather, max_over_processes, sum_over_processes, world_size
+
 _DOUBLE_LIMIT = 4096
+_BAND = 1024
 HELD_TOKENS = 512  # per modality and group, to decide by
 SEEN_TOKENS = 128  # where none is held back, to report errors on
 
@@ -69,6 +72,26 @@ def describe_ranges(absmax: Tensor, present: Tensor, names: Sequence[str]) -> di
     }
 
 
+def moment_dtype(features: int) -> torch.dtype:
+    """Of the sums of a group with so many input channels."""
+    return torch.float64 if features <= _DOUBLE_LIMIT else torch.float32
+
+
+def moment_bytes(features: int) -> int:
+    """Of one modality's second moments of so many input channels."""
+    return features * features * moment_dtype(features).itemsize
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [in, in] += left^T right, in bands, so that no second matrix of its size is needed."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+        return
+    for start in range(0, len(total), _BAND):
+        rows = slice(start, start + _BAND)
+        total[rows] += left[:, rows].t() @ right
+
+
 @dataclass
 class Moments:
     """Statistics over some samples.
@@ -77,24 +100,26 @@ class Moments:
         absmax: [modalities, in], float32.
         magnitude: [modalities, in], sum of |x|, float64.
         counts: [modalities], tokens.
-        moment: [modalities, in, in], sum of w x x^T with each token's weight w, or None.
+        moment: [modalities, in, in], sum of w x x^T with each token's weight w; None if not collected, or no token
+            was seen yet.
+        with_moment: whether it is collected.
     """
 
     absmax: Tensor
     magnitude: Tensor
     counts: Tensor
     moment: Tensor | None
+    with_moment: bool = True
 
     @classmethod
     def empty(cls, modalities: int, features: int, device: torch.device, with_moment: bool) -> Moments:
         """Statistics of no token."""
-        dtype = torch.float64 if features <= _DOUBLE_LIMIT else torch.float32
-        moment = torch.zeros(modalities, features, features, dtype=dtype, device=device) if with_moment else None
         return cls(
             torch.zeros(modalities, features, device=device),
             torch.zeros(modalities, features, dtype=torch.float64, device=device),
             torch.zeros(modalities, dtype=torch.int64, device=device),
-            moment,
+            None,
+            with_moment,
         )
 
     def update(self, m: int, x: Tensor, weights: Tensor) -> None:
@@ -103,18 +128,51 @@ class Moments:
         self.absmax[m] = torch.maximum(self.absmax[m], magnitude.amax(0))
         self.magnitude[m] += magnitude.sum(0, dtype=torch.float64)
         self.counts[m] += len(x)
-        if self.moment is not None:
-            self.moment[m] += ((x * weights[:, None]).t() @ x).to(self.moment.dtype)
+        if self.with_moment:
+            if self.moment is None:
+                shape = (*self.absmax.shape, x.shape[1])
+                self.moment = torch.zeros(shape, dtype=moment_dtype(x.shape[1]), device=x.device)
+            _add_product(self.moment[m], x * weights[:, None], x)
 
     def __add__(self, other: Moments) -> Moments:
-        moment = None if self.moment is None or other.moment is None else self.moment + other.moment
+        if self.moment is None or other.moment is None:
+            moment = other.moment if self.moment is None else self.moment
+        else:
+            moment = self.moment + other.moment
         absmax = torch.maximum(self.absmax, other.absmax)
-        return Moments(absmax, self.magnitude + other.magnitude, self.counts + other.counts, moment)
+        counts = self.counts + other.counts
+        return Moments(absmax, self.magnitude + other.magnitude, counts, moment, self.with_moment)
+
+    def reduce(self) -> None:
+        """Make it that of all processes' samples."""
+        if any(gather(self.moment is not None)):
+            if self.moment is None:
+                shape = (*self.absmax.shape, self.absmax.shape[1])
+                self.moment = torch.zeros(shape, dtype=moment_dtype(shape[1]), device=self.absmax.device)
+            sum_over_processes(self.moment)
+        max_over_processes(self.absmax)
+        sum_over_processes(self.magnitude)
+        sum_over_processes(self.counts)
 
     @property
     def mean_magnitude(self) -> Tensor:
         """Mean of |x| over all tokens, float32 [in]."""
         return (self.magnitude.sum(0) / self.counts.sum().clamp_min(1)).float()
+
+
+@dataclass(frozen=True)
+class InputRanges:
+    """Absmax of a group's input over all samples.
+
+    Attributes:
+        absmax: [modalities, in].
+        original: the same in the float model, before any rotation.
+        present: bool [modalities], those that have tokens.
+    """
+
+    absmax: Tensor
+    original: Tensor
+    present: Tensor
 
 
 @dataclass
@@ -176,9 +234,26 @@ class GroupStatistics:
             if bool(own.any()):
                 self.original[m] = torch.maximum(self.original[m], x[own].abs().amax(0))
 
+    def reduce(self) -> None:
+        """Make it that of all processes' samples."""
+        self.fitting.reduce()
+        self.deciding.reduce()
+        if self.original is not None:
+            max_over_processes(self.original)
+        for m in range(len(self.held)):
+            device = self.held[m].device
+            self.held[m] = torch.cat([x.to(device) for x in gather(self.held[m].cpu())])[:HELD_TOKENS]
+            self.held_weights[m] = torch.cat([w.to(device) for w in gather(self.held_weights[m].cpu())])[:HELD_TOKENS]
+
     def merged(self) -> Moments:
         """Statistics over all samples."""
         return self.fitting + self.deciding
+
+    def ranges(self) -> InputRanges:
+        """What reports need, without the moments."""
+        absmax = torch.maximum(self.fitting.absmax, self.deciding.absmax)
+        present = (self.fitting.counts + self.deciding.counts) > 0
+        return InputRanges(absmax, absmax if self.original is None else self.original, present)
 
 
 def collect_statistics(
@@ -205,7 +280,7 @@ def collect_statistics(
     """
     statistics: dict[str, GroupStatistics] = {}
     current = [0]
-    keep_seen = not any(bool(held.any()) for _, _, held in batches)
+    keep_seen = not any(gather(any(bool(held.any()) for _, _, held in batches)))
 
     def hook(group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -230,4 +305,6 @@ def collect_statistics(
     finally:
         for handle in handles:
             handle.remove()
+    for found in statistics.values() if world_size() > 1 else ():
+        found.reduce()
     return statistics

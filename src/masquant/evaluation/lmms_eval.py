@@ -21,10 +21,10 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoProcessor
 
-from ..api import load_any
 from ..calibration.encoding import SampleEncoder
 from ..calibration.media import load_image, load_video
 from ..errors import DataError, ModelError
+from ..integrations.loading import load_any
 from .scoring import GREEDY, evaluating, projecting
 
 DEFAULT_NEW_TOKENS = 1024
