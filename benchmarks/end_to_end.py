@@ -250,6 +250,33 @@ def random_quantized(config: Any) -> Any:
     return model.eval()
 
 
+@torch.inference_mode()
+def media_cost(model: Any, rounds: int) -> list[dict[str, Any]]:
+    """Tokens/s of a prompt of text alone and of one modality's tokens alone, through all blocks, in turn."""
+    decoder = native_decoder(model)
+    names = [m.value for m in decoder.state.tokens.modalities]
+    hidden = torch.randn(PROMPT, decoder.hidden)
+    cosine, sine = decoder.rotary(torch.arange(PROMPT)[None])
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds + 1):
+        for row, name in enumerate(names):
+            decoder.reset()
+            start = time.perf_counter()
+            decoder.forward(hidden, torch.full((PROMPT,), row, dtype=torch.uint8) if row else None, cosine, sine)
+            times[name].append(time.perf_counter() - start)
+    decoder.reset()
+    found = {name: PROMPT / statistics.median(seconds[1:]) for name, seconds in times.items()}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(times[name][1:], times["text"][1:], strict=True))
+        for name in names
+    }
+    return [
+        {"what": f"tokens of {name}", "path": "masquant", "median": found[name], "best": PROMPT / min(times[name]),
+         "unit": "tokens/s", "cost_against_text": ratios[name]}
+        for name in names
+    ]  # fmt: skip
+
+
 def resident() -> int:
     """Bytes of this process in memory."""
     gc.collect()
@@ -268,7 +295,7 @@ def build(what: str, checkpoint: Path | None, folder: Path) -> list[tuple[Engine
             recipe = dataclasses.replace(Recipe.preset("masquant", "W4A8", 64).fast(), quantize_lm_head=True)
             samples = masquant.load_samples(demo_directory() / "data/calibration")
             quantize_folder(model, checkpoint, samples, recipe)
-        makers.append(lambda: Masquant(masquant.load(checkpoint, dtype=torch.float32)))
+        makers.append(lambda: Masquant(masquant.load(checkpoint)))
         makers.append(lambda: Transformers(load_any(model, dtype=torch.bfloat16)))
         float_model = load_any(model, dtype=torch.float32)
         text = float_model.config.get_text_config()
@@ -308,7 +335,8 @@ def read_seconds(size: int) -> float:
     """Seconds to read so many bytes with all threads."""
     library = native.library()
     assert library is not None
-    data = torch.zeros(min(size, 1 << 30), dtype=torch.uint8)
+    data = torch.ones(min(size, 1 << 30), dtype=torch.uint8)  # written, so that it is in memory
+    library.mq_read(data.data_ptr(), data.numel())
     start = time.perf_counter()
     library.mq_read(data.data_ptr(), data.numel())
     return (time.perf_counter() - start) * size / data.numel()
@@ -335,7 +363,14 @@ def main() -> None:
                 limits.append(read_seconds(size))
                 for engine, *_ in engines:
                     times[engine.name].append(engine.run(prompt, ANSWER))
-            table = Table("engine", "prompt tokens/s", "(best)", "answer tokens/s", "(best)", "of reading", "MiB")
+            for row in media_cost(next(e.model for e, *_ in engines if isinstance(e, Masquant)), 3 * arguments.rounds):
+                rows.append({**row, "what": f"{what}, {row['what']}"})
+                console.print(
+                    f"{row['what']}: {row['median']:.0f} tokens/s, {row['cost_against_text']:.2f} x text's time"
+                )
+            table = Table(
+                "engine", "prompt tokens/s", "(best)", "answer tokens/s", "(best)", "of reading", "MiB", "needed"
+            )
             for engine, memory, expected in engines:
                 prompts, answers = zip(*times[engine.name], strict=True)
                 share = statistics.median(limits) / statistics.median(answers)
@@ -352,6 +387,7 @@ def main() -> None:
                 table.add_row(
                     engine.name, *(f"{v:.1f}" for v in row.values()),
                     f"{share:.0%}" if isinstance(engine, Masquant) else "", f"{memory / 2**20:.0f}",
+                    f"{sum(expected.values()) / 2**20:.0f}" if expected else "",
                 )  # fmt: skip
             console.print(f"{what}: prompt of {PROMPT} tokens, {ANSWER} tokens of answer")
             console.print(table)

@@ -145,7 +145,7 @@ def limit_path(w: torch.Tensor, tokens: int, copies: int) -> Path_:
     library = native.library()
     assert library is not None
     if tokens == 1:
-        parts = [torch.zeros(w.numel() // 2, dtype=torch.uint8) for _ in range(copies)]
+        parts = [torch.ones(w.numel() // 2, dtype=torch.uint8) for _ in range(copies)]
         reads = [lambda p=p: library.mq_read(p.data_ptr(), p.numel()) for p in parts]  # type: ignore[misc]
         return Path_("limit: read 4-bit weights", reads)
     each = library.mq_peak(1)

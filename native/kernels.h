@@ -298,7 +298,6 @@ void block_product(const mq_group& g, int64_t block, const Prepared& in, int64_t
         for (int c = 0; c < lines; c++, w += 64, q += 32 / BITS) {
 #pragma GCC unroll 4
             for (int j = 0; j < NB; j++) {
-                __builtin_prefetch(w + j * bytes + (NB == 1 ? 4096 : 2048));
 #pragma GCC unroll 4
                 for (int p = 0; p < P; p++) {
                     const vi v = load<vi>(w + j * bytes + 4 * p * L);

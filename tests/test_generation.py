@@ -52,12 +52,6 @@ def generated(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[int
     return ids
 
 
-def without_end(model: Any, ids: list[int]) -> list[int]:
-    end = model.generation_config.eos_token_id
-    ends = set(end if isinstance(end, list) else [end])
-    return ids[:-1] if ids and ids[-1] in ends else ids
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_equal_generates(family: str, tmp_path: Path) -> None:
     model, prompts = quantized(family, tmp_path)
@@ -67,7 +61,7 @@ def test_tokens_equal_generates(family: str, tmp_path: Path) -> None:
     except KernelError as error:
         pytest.skip(str(error))
     for inputs in (text, *prompts):
-        assert list(stream(model, inputs, max_new_tokens=NEW)) == without_end(model, generated(model, inputs))
+        assert list(stream(model, inputs, max_new_tokens=NEW)) == generated(model, inputs)
 
 
 def test_head_of_8_bits_and_long_prompts(omni: tuple[Any, list[dict[str, Tensor]]]) -> None:
@@ -94,11 +88,23 @@ def test_answers_come_one_by_one_and_follow_each_other(omni: tuple[Any, list[dic
     assert "forward" not in vars(decoder_of(model))
 
 
+def test_one_answer_at_a_time_and_changed_models(omni: tuple[Any, list[dict[str, Tensor]]]) -> None:
+    model, prompts = omni
+    one = stream(model, prompts[0], max_new_tokens=NEW)
+    next(one)
+    next(stream(model, prompts[1], max_new_tokens=NEW))
+    with pytest.raises(ModelError, match="one at a time"):
+        list(one)
+    before = native_decoder(model)
+    decoder_of(model).layers.float()  # unpacks the linears
+    assert native_decoder(model) is not before
+
+
 def test_every_option_means_what_it_does_in_generate(omni: tuple[Any, list[dict[str, Tensor]]]) -> None:
     model, prompts = omni
     for options in ({"no_repeat_ngram_size": 2}, {"suppress_tokens": list(range(100, 200))}, {"min_new_tokens": 9}):
         found = list(stream(model, prompts[1], max_new_tokens=NEW, **options))
-        assert found == without_end(model, generated(model, prompts[1], **options)), options
+        assert found == generated(model, prompts[1], **options), options
 
 
 def test_sampling_is_repeatable_and_warped(omni: tuple[Any, list[dict[str, Tensor]]]) -> None:
@@ -113,7 +119,7 @@ def test_sampling_is_repeatable_and_warped(omni: tuple[Any, list[dict[str, Tenso
 def test_repetition_penalty_equals_generates(omni: tuple[Any, list[dict[str, Tensor]]]) -> None:
     model, prompts = omni
     found = list(stream(model, prompts[1], max_new_tokens=NEW, repetition_penalty=1.7))
-    assert found == without_end(model, generated(model, prompts[1], repetition_penalty=1.7))
+    assert found == generated(model, prompts[1], repetition_penalty=1.7)
 
 
 def test_decoding_touches_no_patch(omni: tuple[Any, list[dict[str, Tensor]]]) -> None:
@@ -142,7 +148,7 @@ def test_what_it_does_not_run_is_refused(omni: tuple[Any, list[dict[str, Tensor]
 
 def test_another_formula_is_noticed(tmp_path: Path) -> None:
     """A norm that computes something else is found by running the model beside the kernels."""
-    model, prompts = quantized("qwen2_5_omni", tmp_path)
+    model, _ = quantized("qwen2_5_omni", tmp_path)
     norm = decoder_of(model).layers[1].input_layernorm
     norm.register_forward_hook(lambda _module, _args, output: output * 1.5)
     with pytest.raises(KernelError, match="block 1 computes something else"):

@@ -401,7 +401,7 @@ def test_integer_factors_take_half_the_bytes_and_survive_a_round_trip(samples: A
 
 def test_refinement_lowers_the_loss_on_samples_that_decide(samples: Any) -> None:
     plain = Recipe.preset("masquant", "W4A8", 32, rotation=RotationArgs())
-    refined = dataclasses.replace(plain, refinement=RefinementArgs(steps=20, learning_rate=0.05))
+    refined = dataclasses.replace(plain, refinement=RefinementArgs(steps=80, learning_rate=0.03))
     _, before = run(samples, plain)
     model, after = run(samples, refined)
     found = [b["refined"] for b in after.blocks]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .api import load_processor, resident_bytes
 from .calibration.dataset import Sample
-from .evaluation import Evaluation, ModelDescription, evaluate, score_baseline
+from .evaluation import BaselineScores, Evaluation, ModelDescription, evaluate, score_baseline
 from .integrations.loading import load_any
 from .pipeline import Calibration, QuantizationReport, quantize
 from .progress import AbstractProgress, NoProgress
@@ -34,6 +34,52 @@ def describe(model: PreTrainedModel, name: str, scheme: str, num_parameters: int
             "float": sizes["float"] + sizes["lm_head"],
         },
     )
+
+
+def measure(
+    model: str | Path,
+    recipe: Recipe,
+    calibration: Calibration,
+    data: Sequence[Sample],
+    baseline: BaselineScores,
+    *,
+    processor: Any,
+    batch_size: int = 16,
+    generate: bool | Collection[str] = True,
+    progress: AbstractProgress | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+) -> tuple[PreTrainedModel, QuantizationReport, Evaluation]:
+    """Quantize a model by one recipe and evaluate it.
+
+    Args:
+        model: folder or hub id of the float model.
+        recipe: what to do.
+        calibration: samples, and what recipes share of them.
+        data: samples to measure on.
+        baseline: the float model's scores on them.
+        processor: the model's.
+        batch_size, generate, progress, dtype: see `compare`.
+        device: where the model is, is quantized and runs.
+
+    Returns:
+        The quantized model, the report, and the evaluation with its cost.
+    """
+    reset_peak_memory()
+    quantized = load_any(model, dtype=dtype).to(device)
+    num_parameters = quantized.num_parameters()
+    report = quantize(quantized, processor, calibration, recipe=recipe, progress=progress)
+    result = evaluate(
+        quantized,
+        processor,
+        data,
+        baseline=baseline,
+        batch_size=batch_size,
+        generate=generate,
+        progress=progress,
+        description=describe(quantized, str(model), recipe.scheme.name, num_parameters),
+    )
+    return quantized, report, result.with_cost(seconds=report.seconds, peak_memory=peak_memory())
 
 
 def compare(
@@ -78,30 +124,28 @@ def compare(
     processor = load_processor(model)
     name = str(model)
     source = load_any(model, dtype=dtype)
-    num_parameters = source.num_parameters()
     results: dict[str, Evaluation] = {}
     shared = Calibration(calibration)
     with score_baseline(
         source, processor, data, batch_size=batch_size, generate=generate, progress=progress
     ) as baseline:
-        results["float"] = baseline.evaluation(describe(source, name, "float", num_parameters))
+        results["float"] = baseline.evaluation(describe(source, name, "float", source.num_parameters()))
         del source
         for method, recipe in recipes.items():
             gc.collect()
-            reset_peak_memory()
             start = time.monotonic()
-            quantized = load_any(model, dtype=dtype)
-            report = quantize(quantized, processor, shared, recipe=recipe, progress=progress)
-            results[method] = evaluate(
-                quantized,
-                processor,
+            quantized, report, results[method] = measure(
+                model,
+                recipe,
+                shared,
                 data,
-                baseline=baseline,
+                baseline,
+                processor=processor,
                 batch_size=batch_size,
                 generate=generate,
                 progress=progress,
-                description=describe(quantized, name, recipe.scheme.name, num_parameters),
-            ).with_cost(seconds=report.seconds, peak_memory=peak_memory())
+                dtype=dtype,
+            )
             progress.note(f"{method}: quantized in {report.seconds:.0f} s, {time.monotonic() - start:.0f} s in all")
             if keep is not None:
                 keep(method, quantized, processor, report, results[method])

@@ -23,6 +23,8 @@ from .calibration.encoding import SampleEncoder
 from .calibration.media import check_audio, check_image, load_image
 from .errors import DataError
 from .evaluation.scoring import projecting
+from .generation import decodes_natively
+from .generation import stream as native_stream
 
 Role = Literal["system", "user", "assistant"]
 
@@ -94,10 +96,14 @@ class _Watch(StoppingCriteria):
         self.stop = threading.Event()
         self.started, self.first, self.latest = time.monotonic(), 0.0, 0.0
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def count(self, token: int) -> None:
+        """One more token is there."""
         self.latest = time.monotonic()
         self.first = self.first or self.latest
-        self.tokens, self.last = input_ids.shape[1] - self.prompt_tokens, int(input_ids[0, -1])
+        self.tokens, self.last = self.tokens + 1, token
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        self.count(int(input_ids[0, -1]))
         return torch.full((len(input_ids),), self.stop.is_set(), device=input_ids.device)
 
 
@@ -191,16 +197,24 @@ def stream(
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     end = _end_tokens(model, tokenizer)
 
+    options = {**sampling.arguments(), "eos_token_id": sorted(end) or None, "pad_token_id": tokenizer.pad_token_id}
+
     def run() -> None:
         watch.started = time.monotonic()
         try:
+            if decodes_natively(model):
+                streamer.put(inputs["input_ids"])
+                for token in native_stream(model, inputs, max_new_tokens=sampling.max_new_tokens, **options):
+                    watch.count(token)
+                    streamer.put(torch.tensor([token]))
+                    if watch.stop.is_set():
+                        break
+                return
             with torch.inference_mode(), projecting(model, lambda hidden: hidden[:, -1:]):
                 model.generate(
                     **{name: value.to(model.device) for name, value in inputs.items()},
-                    **sampling.arguments(),
+                    **options,
                     max_new_tokens=sampling.max_new_tokens,
-                    eos_token_id=sorted(end) or None,
-                    pad_token_id=tokenizer.pad_token_id,
                     use_cache=True,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([watch]),

@@ -8,6 +8,7 @@ run as a whole are refused with the reason.
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -19,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList
 
 from .errors import KernelError, ModelError
-from .integrations.transformers import state_of
+from .integrations.transformers import quantized_linears, state_of
 from .models import decoder_of
 from .runtime.decoder import NativeDecoder, unsupported
 from .runtime.transforms import residual_rotation_of
@@ -28,6 +29,8 @@ _PROBE_TOKENS = 7
 _PROBE_TOLERANCE = 0.05  # of what a block adds; another formula is off by about all of it
 _HALF = 2.0**-7  # rounding of a bfloat16 model's own forward, of the size of its hidden states
 
+_logger = logging.getLogger("masquant")
+_refused: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 _decoders: weakref.WeakKeyDictionary[PreTrainedModel, NativeDecoder] = weakref.WeakKeyDictionary()
 
 
@@ -39,7 +42,7 @@ def native_decoder(model: PreTrainedModel) -> NativeDecoder:
     """
     decoder = decoder_of(model)
     found = _decoders.get(model)
-    if found is not None:
+    if found is not None and found.is_current:
         return found
     problem = unsupported(decoder)
     if problem is not None:
@@ -48,6 +51,20 @@ def native_decoder(model: PreTrainedModel) -> NativeDecoder:
     _compare(model, native)
     _decoders[model] = native
     return native
+
+
+def decodes_natively(model: PreTrainedModel) -> bool:
+    """Whether `stream` runs this model; says once why it does not where the model is quantized."""
+    if model in _refused:
+        return False
+    try:
+        native_decoder(model)
+    except KernelError as error:
+        _refused.add(model)
+        if quantized_linears(model):
+            _logger.warning("%s; its answers come from transformers' generate, token by token slower", error)
+        return False
+    return True
 
 
 @torch.inference_mode()
@@ -152,7 +169,7 @@ def stream(
     seed: int | None = None,
     **options: Any,
 ) -> Iterator[int]:
-    """Token ids of the answer, one by one, without the end token.
+    """Token ids of the answer, one by one, with the end token if there is one.
 
     Args:
         model: quantized, in memory of the CPU.
@@ -189,6 +206,7 @@ def _tokens(
         with native.in_place():
             logits = model(**inputs).logits[:, -1].float()
         cosine, sine = native.rotary(native.next_position + torch.arange(max_new_tokens)[None])
+        sequence_number = native.sequence
     for i in range(max_new_tokens):
         with torch.inference_mode():
             scores = processors(sequence, logits)
@@ -196,9 +214,11 @@ def _tokens(
                 token = int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
             else:
                 token = int(scores.argmax(-1))
+        yield token
         if token in ends:
             return
-        yield token
+        if native.sequence != sequence_number:
+            raise ModelError("another answer was begun on this model; it writes one at a time")
         if i + 1 < max_new_tokens:
             with torch.inference_mode():
                 if processors:

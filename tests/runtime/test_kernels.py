@@ -1,4 +1,4 @@
-"""The native kernels against the PyTorch specification, over odd shapes and special values, on every instruction set."""
+"""The kernels against the PyTorch specification, over odd shapes and special values, on every instruction set."""
 
 from __future__ import annotations
 

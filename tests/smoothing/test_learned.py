@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from masquant.quantization import fake_quantize_tokens
 from masquant.recipe import LearnedArgs
-from masquant.smoothing.learned import TrialLinear, fake_quantize_through, learn_vectors, modality_loss
+from masquant.rotation import Rotation
+from masquant.runtime.transforms import attach_input_rotation
+from masquant.smoothing.learned import TrialLinear, fake_quantize_through, learn_vectors, modality_loss, swapped
 
 
 @pytest.mark.parametrize("loss", ["mae", "mse"])
@@ -103,3 +105,16 @@ def test_early_stop() -> None:
     vectors, before, after = learn(torch.ones(3, 32), args)
     assert after <= before and bool(vectors.isfinite().all())
     assert dataclasses.replace(args, patience=5).patience == 5
+
+
+@torch.no_grad()
+def test_a_swapped_linear_gets_the_rotated_input() -> None:
+    block, x, rotation = Toy(), torch.randn(3, 32), Rotation(32, 0)
+    wanted = block.linear(x)
+    block.linear.weight.copy_(rotation.apply(block.linear.weight))
+    attach_input_rotation(block.linear, rotation)
+    other = nn.Linear(32, 16)
+    other.load_state_dict({"weight": 2 * block.linear.weight, "bias": 2 * block.linear.bias})
+    with swapped(block, {"linear": other}):
+        torch.testing.assert_close(block.linear(x), 2 * wanted)
+    torch.testing.assert_close(block.linear(x), wanted)

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..errors import KernelError
 from ..modality import ModalityState
 from . import native
-from .linear import MasquantLinear
+from .linear import GroupInput, MasquantLinear
 from .packed import PackedGroup
 from .transforms import residual_rotation_of
 
@@ -89,7 +89,8 @@ class NativeDecoder:
         tokens = state.tokens
         self._rows = {t: tokens.index(modality) for modality, ids in tokens.token_ids.items() for t in ids}
         self._keep: list[Tensor] = []
-        self._groups: list[PackedGroup] = []
+        self._groups: list[tuple[GroupInput, PackedGroup]] = []
+        self.sequence = 0  # counts sequences: a new one ends the one before
         self._layers = (native.LayerStruct * len(blocks))(*[self._layer(block) for block in blocks])
         self.struct = native.DecoderStruct(
             len(blocks),
@@ -117,7 +118,7 @@ class NativeDecoder:
         groups = []
         for linear in (block.self_attn.q_proj, block.self_attn.o_proj, block.mlp.gate_proj, block.mlp.down_proj):
             packed = linear.packed(torch.device("cpu"))
-            self._groups.append(packed)
+            self._groups.append((linear.group, packed))
             groups.append(packed.struct)
         norms = [getattr(block.self_attn, name, None) for name in ("q_norm", "k_norm")]
         return native.LayerStruct(
@@ -129,6 +130,11 @@ class NativeDecoder:
             None,
         )
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the model's linears still are those that were packed (it may have been moved or loaded anew)."""
+        return all(group.packed is packed for group, packed in self._groups)
+
     def row_of(self, token: int) -> Tensor | None:
         """Modality id, uint8 [1], of a token that is no text: a model may well write a placeholder."""
         row = self._rows.get(token)
@@ -136,6 +142,7 @@ class NativeDecoder:
 
     def reset(self) -> None:
         """Forget the sequence."""
+        self.sequence += 1
         self.length = self.next_position = 0
 
     def reserve(self, tokens: int) -> None:

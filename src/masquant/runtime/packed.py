@@ -27,6 +27,11 @@ _handles = itertools.count()
 _groups: WeakValueDictionary[int, PackedGroup] = WeakValueDictionary()  # by handle, for compiled graphs
 
 
+def _stored(factor: Tensor) -> Tensor:
+    """A patch's factor in the dtype of checkpoints, which a model that was cast may have left."""
+    return (factor if factor.dtype == torch.int8 else factor.to(torch.bfloat16)).contiguous()
+
+
 @dataclass(frozen=True)
 class PackedPatch:
     """A patch of all the group's rows: a [rank, padded_in], b [rank, padded_out] (both as stored), a_scale [rank]."""
@@ -92,11 +97,11 @@ class PackedGroup:
             self.bias = self._padded_rows(
                 [torch.zeros(n) if b is None else b.float() for n, b in zip(self.rows, biases, strict=True)]
             )
-        self.smooth = smooth.contiguous() if smooth is not None else None
+        self.smooth = smooth.to(torch.bfloat16).contiguous() if smooth is not None else None
         self.patches = {
             row: PackedPatch(
-                torch.nn.functional.pad(a, (0, self.padded_in - in_features)).contiguous(),
-                self._padded_rows(b).t().contiguous(),
+                _stored(torch.nn.functional.pad(a, (0, self.padded_in - in_features))),
+                _stored(self._padded_rows(b).t()),
                 scale.float() if scale is not None else None,
             )
             for row, (a, b, scale) in (patches or {}).items()

@@ -102,15 +102,16 @@ class LearnedVectors:
 
 @contextmanager
 def swapped(block: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The block with some of its modules replaced by others."""
-    originals = {name: block.get_submodule(name) for name in modules}
-    for name, module in modules.items():
-        block.set_submodule(name, module)
+    """The block with others computing what some of its modules do; the modules' hooks, such as the rotation of their
+    input, stay in force."""
+    originals = [block.get_submodule(name) for name in modules]
+    for original, module in zip(originals, modules.values(), strict=True):
+        original.forward = module.forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for name, module in originals.items():
-            block.set_submodule(name, module)
+        for original in originals:
+            del original.forward
 
 
 def learn_vectors(
