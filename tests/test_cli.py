@@ -214,6 +214,6 @@ def test_ctrl_c_and_resume(world: Path) -> None:
 
 
 def test_help_has_examples(world: Path) -> None:
-    for command in ("quantize", "inspect", "evaluate", "compare", "check", "demo"):
+    for command in ("quantize", "inspect", "evaluate", "compare", "report", "check", "demo"):
         assert f"masquant {command}" in masquant(world, command, "--help").stdout
     assert masquant(world, "--version").stdout.strip()

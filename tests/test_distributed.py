@@ -76,7 +76,12 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     assert found["calibration"] == report.to_dict()["calibration"]
     for theirs, ours in zip(found["blocks"], report.blocks, strict=True):
         assert theirs["error"] == pytest.approx(ours["error"], rel=1e-5)
-        assert [g["choice"] for g in theirs["groups"]] == [g["choice"] for g in ours["groups"]]
+        for their, our in zip(theirs["groups"], ours["groups"], strict=True):
+            assert their["choice"] == our["choice"]
+            assert their["plain_errors"] == pytest.approx(our["plain_errors"], rel=1e-4)
+            for state in ("before", "after"):
+                for name, channels in our["ranges"][state]["channels"].items():
+                    assert their["ranges"][state]["channels"][name] == pytest.approx(channels, rel=1e-4)
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     assert set(two) == set(one)
     for name, tensor in one.items():

@@ -62,7 +62,10 @@ def loads(folder):
     return True
 
 def content(folder):
-    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "report.json"}
+    report = json.loads((folder / "report.json").read_text())
+    for part in (report, *report["blocks"]):
+        del part["seconds"], part["peak_memory"]
+    return {**{f.name: f.read_bytes() for f in folder.iterdir()}, "report.json": report}
 
 code, seconds = attempt(whole)
 assert code == 0

@@ -98,14 +98,14 @@ def save(
         output: folder to write, replaced if it exists.
         report: of `quantize`.
         source: folder of the float model, whose other small files are copied along.
-        evaluation: result of `evaluate` for the card.
+        evaluation: for the card's table of losses, see `card.with_loss`; also goes into report.json.
 
     Raises:
         CheckpointError: the disk is full or not writable.
     """
     with finished_folder(output) as folder:
         model.save_pretrained(folder)
-        write_extras(folder, model, processor, report, source, evaluation)
+        write_extras(folder, processor, report, source, evaluation)
         write_checksums(folder)
 
 
@@ -174,7 +174,7 @@ def quantize_folder(
         write_model(store.files(), folder, SHARD_BYTES)
         if blocks.model.can_generate():
             blocks.model.generation_config.save_pretrained(folder)
-        write_extras(folder, blocks.model, processor, report, Path(model) if Path(model).is_dir() else None, None)
+        write_extras(folder, processor, report, Path(model) if Path(model).is_dir() else None)
         blocks.model.config.save_pretrained(work)  # config.json comes last: without it nothing loads the folder
         write_checksums(folder, work / "config.json")
         (work / "config.json").replace(folder / "config.json")
@@ -276,19 +276,19 @@ def verify_checksums(folder: Path) -> None:
 
 def write_extras(
     folder: Path,
-    model: PreTrainedModel,
     processor: Any,
     report: QuantizationReport,
     source: Path | None,
-    evaluation: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> None:
     """What a checkpoint folder has besides weights and configs."""
     processor.save_pretrained(folder)
     if source is not None and source.is_dir():
         copy_side_files(source, folder)
     (folder / "recipe.yaml").write_text(report.recipe.to_yaml())
-    write_json(folder / "report.json", report.to_dict())
-    (folder / "README.md").write_text(model_card(model, report, source, evaluation))
+    measured = {} if evaluation is None else {"evaluation": dict(evaluation)}
+    write_json(folder / "report.json", {**report.to_dict(), **measured})
+    (folder / "README.md").write_text(model_card(report, evaluation), encoding="utf-8")
 
 
 def copy_side_files(source: Path, folder: Path) -> None:

@@ -9,13 +9,13 @@ group's rows are therefore solved first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .calibration.statistics import GroupStatistics
+from .calibration.statistics import GroupStatistics, InputRanges, describe_ranges
 from .checkpoint.format import Site
 from .errors import ModelError
 from .modality import Modality, ModalityState
@@ -151,7 +151,7 @@ def fold_vector(group: GroupPlan, scale: Tensor, config: Any) -> Tensor:
 def solve_block(
     block: nn.Module,
     groups: tuple[GroupPlan, ...],
-    statistics: Callable[[str], GroupStatistics],
+    statistics: Callable[[GroupPlan], GroupStatistics],
     state: ModalityState,
     recipe: Recipe,
     config: Any,
@@ -183,7 +183,7 @@ def solve_block(
         problem = GroupProblem(
             group.name,
             weight,
-            statistics(group.name),
+            statistics(group),
             state.tokens.modalities,
             recipe,
             group.linears[0].grid,
@@ -259,16 +259,44 @@ def apply_solutions(
     return sites
 
 
-def group_record(group: GroupPlan, solution: GroupSolution) -> dict[str, Any]:
-    """What report.json says of one group."""
+def group_record(
+    group: GroupPlan,
+    solution: GroupSolution,
+    ranges: InputRanges,
+    modalities: Sequence[Modality],
+    plain: Mapping[Modality, float],
+) -> dict[str, Any]:
+    """What report.json says of one group.
+
+    Args:
+        group: what was planned.
+        solution: what is stored.
+        ranges: of the group's input.
+        modalities: of the model.
+        plain: per modality, the relative error of rounding the float model's group to nearest.
+    """
+    names = [m.value for m in modalities]
+    smoothed = ranges.absmax / solution.text_scale
+    if solution.smooth_scale is not None:
+        smoothed = smoothed / solution.smooth_scale
     return {
         "group": group.name,
+        "ranges": {
+            "before": describe_ranges(ranges.original, ranges.present, names),
+            "after": describe_ranges(smoothed, ranges.present, names),
+        },
+        "plain_errors": {m.value: e for m, e in plain.items()},
         "choice": str(solution.choice),
         "num_bits": group.linears[0].num_bits,
         "group_size": group.linears[0].group_size or "channel",
         "errors": {m.value: e for m, e in solution.errors.items()},
         "candidates": [{"choice": n, "errors": {m.value: e for m, e in es.items()}} for n, es in solution.candidates],
         "rank": {key: patch.rank for key, patch in solution.patches.items()},
+        "patch_bytes": {key: patch.bytes for key, patch in solution.patches.items()},
+        "spectrum": {
+            key: [float(f"{energy / max(solution.missing[key], 1e-30):.4g}") for energy in energies]
+            for key, energies in solution.energies.items()
+        },
         "factors": next((patch.factors for patch in solution.patches.values()), None),
         "bytes": {
             "packed": group.packed_bytes,

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import MasquantError, RecipeError
+from .errors import DataError, MasquantError, RecipeError
 from .progress import AbstractProgress, NoProgress, RichProgress
 from .version import __version__
 
@@ -68,6 +68,7 @@ LimitOption = Annotated[int | None, typer.Option(help="Use only this many sample
 BatchOption = Annotated[int, typer.Option(help="Samples that run together.", min=1)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 JsonFileOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+ReportOption = Annotated[Path | None, typer.Option("--report", help="Also write a page to this .html file.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
 MemoryOption = Annotated[
@@ -249,7 +250,7 @@ def _plan_dict(model: str, recipe: Any) -> dict[str, Any]:
         "ignored": plan.kept,
         "not_quantized": {
             **dict.fromkeys(plan.family.encoders, "an encoder"),
-            **dict.fromkeys(("embeddings", "lm_head"), "outside of the decoder's blocks"),
+            **dict.fromkeys(() if recipe.quantize_lm_head else ("embeddings", "lm_head"), "outside of the blocks"),
             "norms": "no linear",
             **dict.fromkeys(plan.kept, "ignored by the recipe"),
         },
@@ -290,14 +291,21 @@ def inspect(
     limit: LimitOption = None,
     batch_size: BatchOption = 8,
     as_json: JsonOption = False,
+    report: ReportOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Show what would be quantized, or what a quantized checkpoint holds. Nothing is written.
+    """Show what would be quantized, or what a quantized checkpoint holds. The model is left as it is.
 
-    Example: `masquant inspect Qwen/Qwen2.5-Omni-3B --calibration data/calibration`
+    Example: `masquant inspect Qwen/Qwen2.5-Omni-3B --calibration data/calibration --report ranges.html`
     """
     from .inspection import activation_ranges, checkpoint_memory, is_checkpoint
     from .recipe import Recipe
+    from .report import check_target, ranges_content, write_report
+
+    if report is not None:
+        if calibration is None:
+            raise DataError("--report shows activation ranges, which need samples: give --calibration too")
+        check_target(report)
 
     if is_checkpoint(model):
         found = checkpoint_memory(model)
@@ -319,6 +327,8 @@ def inspect(
         _print_json(plan) if as_json else _show_plan(plan)
         return
     rows = activation_ranges(model, calibration, limit=limit, batch_size=batch_size, progress=_progress(quiet))
+    if report is not None:
+        write_report(report, ranges_content(Path(model).name if Path(model).is_dir() else model, rows))
     if as_json:
         _print_json(rows)
         return
@@ -378,7 +388,7 @@ def evaluate(
         description=describe(loaded, model, scheme_of(loaded), parameters),
     )
     if json_file:
-        write_json(json_file, result.to_dict())
+        write_json(json_file, result.to_dict(samples=True))
     Console().print(evaluation_table({scheme_of(loaded): result}))
 
 
@@ -395,32 +405,71 @@ def compare(
     batch_size: BatchOption = 16,
     generate: Annotated[bool, typer.Option(help="Decode answers for error rates and exact match.")] = True,
     json_file: JsonFileOption = None,
+    report: ReportOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Quantize with several methods and show what each loses per task.
 
-    Example: `masquant compare Qwen/Qwen2.5-Omni-3B --methods rtn,gptq,masquant --calibration cal --data eval`
+    Example: `masquant compare MODEL --methods rtn,gptq,masquant --calibration cal --data eval --report page.html`
     """
     from .calibration.dataset import load_samples
     from .checkpoint.store import write_json
     from .compare import compare as run
     from .evaluation import comparison_dict, evaluation_table
+    from .report import check_target, comparison_content, embed_examples, write_report
 
+    if report is not None:
+        check_target(report)
+        if json_file is not None and json_file.resolve() == report.with_suffix(".json").resolve():
+            raise DataError(f"{json_file} is where the page's own numbers go; give --json another name")
+    samples = load_samples(data, limit=limit)
+    records: dict[str, Any] = {}
     results = run(
         model,
         methods.split(","),
         load_samples(calibration, limit=limit),
-        load_samples(data, limit=limit),
+        samples,
         scheme=scheme.value,
         group_size=_group_size(group_size),
         batch_size=batch_size,
         generate=generate,
         effort=preset.value,
         progress=_progress(quiet),
+        keep=lambda method, _model, _processor, record, _result: records.update({method: record.to_dict()}),
     )
     if json_file:
-        write_json(json_file, comparison_dict(results))
+        write_json(json_file, comparison_dict(results, samples=True))
+    if report is not None:
+        content = comparison_content(records, results, samples)
+        write_report(report, content, embed_examples(content, samples))
     Console().print(evaluation_table(results))
+
+
+@app.command()
+def report(
+    out: OutArgument,
+    result: Annotated[
+        Path | None, typer.Option(help="What `evaluate --json` or `compare --json` wrote, for loss and examples.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder that it was measured on, for the examples' pictures and sounds.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The .html file.", show_default="OUT/report.html")
+    ] = None,
+) -> None:
+    """Write one page about a finished run: bytes, loss, activation ranges, errors, ranks, examples, recipe.
+
+    Example: `masquant report omni-w4a8 --result result.json --data data/evaluation`
+    """
+    from .calibration.dataset import load_samples
+    from .report import read_results, report_run
+
+    if result is not None and data is None:
+        raise DataError("--result needs --data too, the folder that it was measured on")
+    results = read_results(result) if result is not None else None
+    samples = load_samples(data) if data is not None else []
+    typer.echo(report_run(out, results=results, samples=samples, output=output))
 
 
 @app.command()

@@ -186,7 +186,7 @@ def estimate(
     run.seconds.clear()
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
-        block = run.prepare(0, copy=True)
+        block = run.prepare(0)
         run.solve(block, 0, run.plan.blocks[0])
         write_tensors(block.state_dict(), Path(folder) / "block.safetensors")
         whole = time.monotonic() - start

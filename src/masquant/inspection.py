@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .api import load, load_processor, resident_bytes
 from .calibration.dataset import load_samples
+from .calibration.statistics import describe_ranges
 from .checkpoint.format import QUANT_METHOD
 from .integrations.loading import load_streamed
 from .integrations.transformers import quantized_linears, read_headers
@@ -63,28 +64,12 @@ def checkpoint_memory(path: str | Path) -> dict[str, Any]:
     }
 
 
-def misalignment_db(text: Tensor, other: Tensor) -> float:
-    """Signal-to-noise that tokens of one modality lose under another's vector, in dB, at most 0.
-
-    arXiv 2603.04800, Theorem 1: 10 log10( sum_i a_i^-2 / (d max_i a_i^-2) ), a_i = R_i^text / R_i^other, over the
-    channels that are active in both.
-
-    Args:
-        text: absmax of text's channels, [in].
-        other: of the other modality's.
-    """
-    alive = (text > 0) & (other > 0)
-    if not bool(alive.any()):
-        return 0.0
-    inverse = (other[alive] / text[alive]).double().square()
-    return float(10 * torch.log10(inverse.sum() / (inverse.numel() * inverse.max())))
-
-
 @torch.no_grad()
 def activation_ranges(
     model: str | Path, calibration: Path, *, limit: int | None, batch_size: int, progress: AbstractProgress
 ) -> list[dict[str, Any]]:
-    """Per block and group: each modality's largest magnitude and its misalignment with text; the model in float."""
+    """Per block and group of the float model: each modality's largest magnitude (None without tokens), the `Range` of
+    its channels, and its misalignment with text."""
     device = torch.device("cpu")
     blocks = load_streamed(model, dtype="auto", device=device)
     recipe = Recipe.preset("rtn")
@@ -100,19 +85,9 @@ def activation_ranges(
         for group in plan.blocks[index]:
             found = statistics[group.name].fitting
             names = [m.value for m in state.tokens.modalities]
-            present = [bool(count) for count in found.counts]
-            rows.append(
-                {
-                    "block": index,
-                    "group": group.name,
-                    "absmax": {n: float(found.absmax[m].max()) if present[m] else None for m, n in enumerate(names)},
-                    "misalignment_db": {
-                        n: misalignment_db(found.absmax[0], found.absmax[m])
-                        for m, n in enumerate(names)
-                        if m and present[m] and present[0]
-                    },
-                }
-            )
+            described = describe_ranges(found.absmax, found.counts > 0, names)
+            absmax = {n: described["channels"][n]["max"] if n in described["channels"] else None for n in names}
+            rows.append({"block": index, "group": group.name, "absmax": absmax, **described})
         for i in range(len(targets)):
             inputs.hidden[i] = targets[i]
     return rows

@@ -9,6 +9,7 @@ weight, patches); fold and put the quantized linears in place; run it again for 
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,12 +35,12 @@ from .errors import DataError, RecipeError
 from .integrations.transformers import adopt
 from .modality import Modality, ModalityState, attach_routing
 from .models import decoder_of, family_of, modality_tokens_of
-from .plan import make_plan
+from .plan import make_plan, tensor_bytes
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
 from .rotation_learning import learn_rotation
 from .run import Run, peak_memory
-from .runtime.head import quantize_head
+from .runtime.head import packed_head_bytes, quantize_head
 from .runtime.transforms import LEARNED_ROTATION, attach_residual_rotation
 from .version import __version__
 
@@ -52,20 +53,25 @@ class QuantizationReport:
     """What was done, for report.json.
 
     Attributes:
+        model: hub id of the float model, or the name of its folder; empty if unknown.
         recipe: resolved.
         format: of the checkpoint.
         calibration: samples and tokens per modality.
         blocks: one record per block.
-        bytes: of the decoder's linears: packed, smooth_scale, compensation, and float before.
+        bytes: of the decoder's linears: packed, smooth_scale, compensation, and float before; of embeddings and head,
+            if they have 8-bit rows: lm_head, and before; kept: of all else.
+        not_quantized: modules and patterns of linears in floating point.
         notes: what a user should know.
         seconds, peak_memory: of the whole run; bytes of the process.
     """
 
+    model: str
     recipe: Recipe
     format: CheckpointFormat
     calibration: dict[str, Any]
     blocks: list[dict[str, Any]]
     bytes: dict[str, int]
+    not_quantized: list[str]
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory: int = 0
@@ -74,6 +80,17 @@ class QuantizationReport:
         """As JSON."""
         return {
             "version": __version__,
+            "versions": {
+                "masquant": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers_version,
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+            },
+            "model": self.model,
+            "modalities": [m.value for m in self.format.modalities],
+            "recipe": self.recipe.to_dict(),
+            "not_quantized": self.not_quantized,
             "method": self.recipe.method,
             "scheme": self.recipe.scheme.name,
             "calibration": self.calibration,
@@ -171,6 +188,8 @@ def quantize_blocks(
     inputs = calibration.block_inputs(blocks, processor, progress)
     gradients = calibration.gradients(blocks, recipe, inputs, device, progress)
     head = HeadFormat(quantize_head(model)) if recipe.quantize_lm_head else None
+    head_bytes = packed_head_bytes(model)
+    kept = tensor_bytes(model) - head_bytes - plan.float_bytes
     blocks.leave_rest()
     counts = modality_counts(inputs, state.tokens.modalities)
     notes = [*plan.notes, *missing_notes(counts)]
@@ -212,16 +231,30 @@ def quantize_blocks(
     sizes = {key: sum(g["bytes"][key] for r in records for g in r["groups"]) for key in
              ("packed", "smooth_scale", "compensation")}  # fmt: skip
     report = QuantizationReport(
+        model_name(model),
         recipe,
         checkpoint,
         used,
         records,
-        {**sizes, "float_before": plan.float_bytes},
+        {
+            **sizes,
+            "float_before": plan.float_bytes,
+            "lm_head": head_bytes,
+            "lm_head_before": plan.other_bytes - kept,
+            "kept": kept,
+        },
+        [*plan.family.encoders, *(("embeddings", "lm_head") if head is None else ()), "norms", *plan.kept],
         notes,
         time.monotonic() - start,
         peak_memory(),
     )
     return report, state
+
+
+def model_name(model: PreTrainedModel) -> str:
+    """Hub id that a model was loaded by, or the name of its folder."""
+    name = str(model.config.name_or_path)
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def run_fingerprint(model: Mapping[str, str], recipe: Recipe, calibration: Calibration) -> dict[str, Any]:

@@ -160,6 +160,11 @@ class Plan:
     notes: tuple[str, ...]
 
 
+def tensor_bytes(module: nn.Module) -> int:
+    """Of all parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+
+
 def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     """What `recipe` would do to `model`; nothing is changed.
 
@@ -197,14 +202,13 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     if not quantized:
         raise RecipeError("the recipe ignores every linear of the decoder: nothing to quantize")
     float_bytes = sum(m.weight.numel() * m.weight.element_size() for m, _ in quantized)
-    total = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     return Plan(
         family,
         plans,
         tuple(name for name in names if is_ignored(name, recipe.ignore)),
         float_bytes,
         sum(linear.packed_bytes for _, linear in quantized),
-        total - float_bytes,
+        tensor_bytes(model) - float_bytes,
         _group_size_notes(plans, recipe.scheme.weights),
     )
 

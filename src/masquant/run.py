@@ -20,13 +20,14 @@ from .block import apply_solutions, group_record, rotate_block, solve_block, sta
 from .blocks import AbstractBlocks
 from .calibration.block_inputs import BlockInputs, HiddenStates
 from .calibration.gradients import TokenGradients
-from .calibration.statistics import GroupStatistics, collect_statistics, moment_bytes
+from .calibration.statistics import GroupStatistics, InputRanges, collect_statistics, moment_bytes
 from .checkpoint.format import Site, parse_site
 from .checkpoint.store import BlockStore
 from .distributed import sum_over_processes
 from .errors import ModelError
 from .modality import Modality, ModalityState
 from .models import decoder_of, linear_of
+from .original import OriginalGroup, original_groups, plain_errors
 from .plan import GroupPlan, Plan, group_rotation, site_key
 from .progress import AbstractProgress
 from .recipe import Recipe
@@ -81,6 +82,7 @@ class Run:
     learned_rotation: Tensor | None = None
     moment_bytes: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    originals: dict[str, OriginalGroup] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         learned = self.recipe.smoothing.learned
@@ -136,8 +138,10 @@ class Run:
         block = (self.blocks.copy(index) if copy else self.blocks.take(index)).to(self.device).float()
         if self.recipe.rotations is not None:
             config = decoder_of(self.blocks.model).config
-            rotations, learned = self.recipe.rotations, self.learned_rotation
-            rotate_block(block, self.plan.family, self.plan.blocks[index], rotations, config, learned)
+            rotations, learned, groups = self.recipe.rotations, self.learned_rotation, self.plan.blocks[index]
+            if not copy:
+                self.originals = original_groups(block, groups, rotations, config, learned, self.dtype)
+            rotate_block(block, self.plan.family, groups, rotations, config, learned)
         return block
 
     def solve(self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...]) -> dict[str, Any]:
@@ -149,10 +153,16 @@ class Run:
         with self.timed("learn"):
             learned, learning = self.learn(block, index, groups, statistics, targets)
 
-        def take_statistics(name: str) -> GroupStatistics:
+        ranges: dict[str, InputRanges] = {}
+        plain: dict[str, Mapping[Modality, float]] = {}
+
+        def take_statistics(group: GroupPlan) -> GroupStatistics:
+            name = group.name
             if name not in statistics:
-                statistics.update(self.observe(block, index, next(p for p in parts if name in {g.name for g in p})))
-            return statistics.pop(name)
+                statistics.update(self.observe(block, index, next(p for p in parts if group in p)))
+            found = statistics.pop(name)
+            ranges[name], plain[name] = found.ranges(), self.plain_errors(block, group, found)
+            return found
 
         config = decoder_of(self.blocks.model).config
         with self.timed("solve"):
@@ -177,7 +187,10 @@ class Run:
         self.sites.update({site_key(index, name): site for name, site in sites.items() if site != Site()})
         return {
             "block": index,
-            "groups": [group_record(g, solutions[g.name]) for g in groups],
+            "groups": [
+                group_record(g, solutions[g.name], ranges[g.name], self.state.tokens.modalities, plain[g.name])
+                for g in groups
+            ],
             "error": self.advance(block, index, targets),
             **learning,
             **refining,
@@ -231,9 +244,18 @@ class Run:
             len(self.state.tokens.modalities),
             self.recipe.needs_moments,
             self.token_weights(index),
+            {name: original.inputs for name, original in self.originals.items()},
         )
         self.check(index, statistics)
         return statistics
+
+    def plain_errors(
+        self, block: nn.Module, group: GroupPlan, statistics: GroupStatistics
+    ) -> Mapping[Modality, float]:
+        """Per modality, the relative error of rounding the float model's group to nearest."""
+        original = self.originals.pop(group.name, None) or OriginalGroup(stacked_weight(block, group))
+        bits = self.recipe.scheme.input_activations.num_bits
+        return plain_errors(group, original, statistics, self.state.tokens.modalities, bits)
 
     def token_weights(self, index: int) -> dict[str, list[Tensor]] | None:
         """Weights of the tokens in the block's statistics, per group and batch."""

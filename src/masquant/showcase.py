@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,16 @@ from .api import save
 from .calibration.dataset import load_samples
 from .checkpoint.store import check_output, write_json
 from .compare import compare
-from .demo import demo_directory, obtain_model
+from .demo import MODEL_NAME, demo_directory, obtain_model
 from .evaluation import Evaluation, comparison_dict, evaluation_table, examples_table
 from .pipeline import QuantizationReport
 from .progress import AbstractProgress
+from .report import evaluation_record, example_ids, report_run
 from .run import peak_memory
 
 METHODS = ("rtn", "smoothquant", "gptq", "masquant")
 EXAMPLE_TASKS = ("speech", "picture", "spoken-question")
 QUICK_CALIBRATION, QUICK_EVALUATION = 24, 30
-
-
-def example_ids(results: Mapping[str, Evaluation]) -> list[str]:
-    """One sample per task whose answers differ most between the methods, among those that the float model gets right
-    (or nearly); the first of the task otherwise."""
-    chosen = []
-    for task in EXAMPLE_TASKS:
-        samples = [s for s in results["float"].samples if s.task == task and s.prediction is not None]
-        if not samples:
-            continue
-        answers = {
-            s.id: {r.prediction for result in results.values() for r in result.samples if r.id == s.id}
-            for s in samples
-        }
-        right = [s for s in samples if (s.prediction or "").lower() == (s.reference or "").lower()]
-        chosen.append(max(right or samples, key=lambda s: len(answers[s.id])).id)
-    return chosen
 
 
 def run_demo(
@@ -55,7 +39,8 @@ def run_demo(
     json_file: Path | None,
     progress: AbstractProgress,
 ) -> None:
-    """Obtain the model, compare four methods with the float model, leave the best one's checkpoint at `output`."""
+    """Obtain the model, compare four methods with the float model, leave masquant's checkpoint at `output` with a page
+    about it."""
     start = time.monotonic()
     check_output(output, overwrite=overwrite, resume=False)
     model = obtain_model(on_progress=progress.note)
@@ -67,7 +52,9 @@ def run_demo(
         method: str, quantized: PreTrainedModel, processor: Any, report: QuantizationReport, result: Evaluation
     ) -> None:
         if method == "masquant":
-            save(quantized, processor, output, report, source=model, evaluation=result.to_dict())
+            named = replace(report, model=MODEL_NAME)
+            measured = evaluation_record({method: result}, evaluation)
+            save(quantized, processor, output, named, source=model, evaluation=measured)
 
     examples = [next(s.id for s in evaluation if s.task == task) for task in EXAMPLE_TASKS]
     results = compare(
@@ -83,12 +70,13 @@ def run_demo(
         effort="fast" if quick else "default",
     )
     if json_file:
-        write_json(json_file, comparison_dict(results))
+        write_json(json_file, comparison_dict(results, samples=True))
+    page = report_run(output, results=results, samples=evaluation)
     console = Console()
     console.print(evaluation_table(results, title=f"omni-135m, {scheme}: loss per task"))
-    console.print(examples_table(results, example_ids(results)))
+    console.print(examples_table(results, example_ids(results, tasks=EXAMPLE_TASKS)))
     console.print(
-        f"checkpoint: {output}   ({len(calibration)} calibration, {len(evaluation)} evaluation samples, "
+        f"checkpoint: {output}   page: {page}\n({len(calibration)} calibration, {len(evaluation)} evaluation samples, "
         f"{time.monotonic() - start:.0f} s, peak memory {peak_memory() / 2**30:.1f} GiB; {platform.machine()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__})",
         highlight=False,

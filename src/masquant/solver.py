@@ -25,14 +25,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .calibration.statistics import GroupStatistics, Moments
-from .compensation import ALL_TOKENS, Patch, leading_vectors, low_rank_patch, rank_bytes, rank_for_bytes
+from .compensation import ALL_TOKENS, Patch, Spectrum, leading_spectrum, low_rank_patch, rank_bytes, rank_for_bytes
 from .modality import Modality
 from .quantization import (
     GptqFactor,
@@ -50,6 +50,7 @@ from .runtime.linear import SMOOTH_DTYPE
 from .smoothing.scales import awq_scale, gauge, smooth_scale, spread_scale
 
 _MOST_RANKS = 32  # of one patch that is bought by its price
+_LISTED_ENERGIES = 64  # of one patch, for the report
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,12 @@ class GroupSolution:
         weight_scale: [out, groups], before `row_fold`.
         patches: per modality, or for "all" tokens, as they are stored.
         choice: what was chosen.
-        errors: per modality, relative error ||y - y_ref||^2 / ||y_ref||^2 on the tokens held back (empty if none).
+        errors: per modality, relative error ||y - y_ref||^2 / ||y_ref||^2 on the tokens held back, of the candidate as
+            it was compared; on the first tokens where none was.
         candidates: per candidate tried, its name and errors.
+        energies: per patch, squared error that each of the leading ranks removes, descending; the ranks that were not
+            taken too.
+        missing: per patch, squared error that there was to remove.
     """
 
     text_scale: Tensor
@@ -132,6 +137,8 @@ class GroupSolution:
     choice: Choice
     errors: Mapping[Modality, float]
     candidates: tuple[tuple[str, Mapping[Modality, float]], ...] = ()
+    energies: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    missing: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def base(self) -> Tensor:
@@ -199,11 +206,32 @@ class Fit:
 
 def solve_group(problem: GroupProblem) -> GroupSolution:
     """Solve one group; see the module's text."""
+    solution = _solution(problem)
+    if not solution.errors:
+        solution = replace(solution, errors=measure_errors(problem, solution))
+    if not solution.patches:
+        return solution
+    fit = Fit(problem, problem.statistics.merged())
+    return replace(solution, missing={key: _missing_energy(fit, solution, key) for key in solution.patches})
+
+
+def _missing_energy(fit: Fit, solution: GroupSolution, key: str) -> float:
+    """Squared error that a patch could remove at most."""
+    problem, compensation = fit.problem, fit.problem.recipe.compensation
+    if compensation is not None and compensation.order == "before":
+        return float((problem.weight * solution.text_scale).square().sum())
+    m = 0 if key == ALL_TOKENS else [modality.value for modality in problem.modalities].index(key)
+    difference, moment = _missing(fit, solution, m, fit.hessian if key == ALL_TOKENS else fit.moment[m])
+    d = difference.double()
+    return float(((d @ moment.double()) * d).sum())
+
+
+def _solution(problem: GroupProblem) -> GroupSolution:
     recipe = problem.recipe
     smoothing = recipe.smoothing
     mode = smoothing.mode if problem.name in smoothing.groups else "none"
     if recipe.selection is not None:
-        if any(len(x) for x in problem.statistics.held):
+        if bool(problem.statistics.deciding.counts.any()):
             return _select(problem, mode)
         return _solve(Fit(problem, problem.statistics.merged()), Choice(0.0, 0.0, False))  # nothing to judge by
     strength = 0.0 if mode == "none" else smoothing.strength
@@ -369,9 +397,9 @@ def _solve(fit: Fit, choice: Choice) -> GroupSolution:
     if choice.patched and compensation is not None and compensation.order == "before":
         smoothed = problem.weight * text
         identity = torch.eye(smoothed.shape[1], dtype=torch.float64, device=smoothed.device)
-        patch = _patch(fit, smoothed, identity, _patch_rank(compensation, problem, 1))
+        patch, energies = _patch(fit, smoothed, identity, _patch_rank(compensation, problem, 1))
         q, scale = _round_base(fit, problem.weight - patch.weight(problem.row_fold) / text, text, ratio)
-        return GroupSolution(text, smooth, q, scale, {ALL_TOKENS: patch}, choice, {})
+        return GroupSolution(text, smooth, q, scale, {ALL_TOKENS: patch}, choice, {}, energies={ALL_TOKENS: energies})
     q, scale = _round_base(fit, problem.weight, text, ratio)
     solution = GroupSolution(text, smooth, q, scale, {}, choice, {})
     if choice.patched:
@@ -387,12 +415,17 @@ def _factors(compensation: CompensationArgs) -> str:
     return "int8" if compensation.factors == "auto" else compensation.factors
 
 
-def _patch(fit: Fit, difference: Tensor, moment: Tensor, rank: int) -> Patch:
-    """Patch of a difference [out, in]."""
+def _patch(fit: Fit, difference: Tensor, moment: Tensor, rank: int) -> tuple[Patch, tuple[float, ...]]:
+    """Patch of a difference [out, in], and the leading energies."""
     compensation = fit.problem.recipe.compensation
     assert compensation is not None
-    a, b = low_rank_patch(difference, leading_vectors(difference, moment, rank))
-    return Patch.store(a, b * fit.problem.row_fold[:, None], _factors(compensation))
+    spectrum = leading_spectrum(difference, moment, rank)
+    a, b = low_rank_patch(difference, spectrum.vectors[:, :rank])
+    return Patch.store(a, b * fit.problem.row_fold[:, None], _factors(compensation)), _listed(spectrum)
+
+
+def _listed(spectrum: Spectrum) -> tuple[float, ...]:
+    return tuple(spectrum.energies[:_LISTED_ENERGIES].tolist())
 
 
 def _with_patches(fit: Fit, solution: GroupSolution, choice: Choice) -> GroupSolution:
@@ -400,18 +433,20 @@ def _with_patches(fit: Fit, solution: GroupSolution, choice: Choice) -> GroupSol
     problem, statistics = fit.problem, fit.statistics
     present = [m for m in range(1, len(problem.modalities)) if statistics.counts[m] > 0]
     patches: dict[str, Patch] = {}
+    energies: dict[str, tuple[float, ...]] = {}
     compensation = problem.recipe.compensation
     assert compensation is not None
     if compensation.tokens == "all":
-        patch = _patch(fit, *_missing(fit, solution, 0, fit.hessian), _patch_rank(compensation, problem, 1))
-        return replace(solution, patches={ALL_TOKENS: patch}, choice=choice)
+        patch, found = _patch(fit, *_missing(fit, solution, 0, fit.hessian), _patch_rank(compensation, problem, 1))
+        return replace(solution, patches={ALL_TOKENS: patch}, choice=choice, energies={ALL_TOKENS: found})
     if problem.price is not None:
-        return replace(solution, patches=_priced_patches(fit, solution, present), choice=choice)
+        patches, energies = _priced_patches(fit, solution, present)
+        return replace(solution, patches=patches, choice=choice, energies=energies)
     rank = _patch_rank(compensation, problem, len(present)) if present else 0
     for m in present if rank else ():
-        patch = _patch(fit, *_missing(fit, solution, m, fit.moment[m]), rank)
-        patches[problem.modalities[m].value] = patch
-    return replace(solution, patches=patches, choice=choice)
+        key = problem.modalities[m].value
+        patches[key], energies[key] = _patch(fit, *_missing(fit, solution, m, fit.moment[m]), rank)
+    return replace(solution, patches=patches, choice=choice, energies=energies)
 
 
 def _missing(fit: Fit, solution: GroupSolution, m: int, moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -422,46 +457,52 @@ def _missing(fit: Fit, solution: GroupSolution, m: int, moment: Tensor) -> tuple
     return fit.problem.weight * s - solution.base, moment / torch.outer(s, s)
 
 
-def _priced_patches(fit: Fit, solution: GroupSolution, present: list[int]) -> dict[str, Patch]:
-    """Patches of which every rank removes more error per byte than the price, the best ranks first, within the bytes
-    allowed; stored in the way that leaves least error plus price of its bytes."""
+def _priced_patches(
+    fit: Fit, solution: GroupSolution, present: list[int]
+) -> tuple[dict[str, Patch], dict[str, tuple[float, ...]]]:
+    """Patches and their leading energies. Every rank removes more error per byte than the price, the best ranks first,
+    within the bytes allowed; stored in the way that leaves least error plus price of its bytes."""
     compensation = fit.problem.recipe.compensation
     assert compensation is not None
     ways = ("int8", "bfloat16") if compensation.factors == "auto" else (compensation.factors,)
     found = [_patches_stored(fit, solution, present, way) for way in ways]
-    return min(found, key=lambda pair: pair[0])[1]
+    _, patches, energies = min(found, key=lambda result: result[0])
+    return patches, energies
 
 
 def _patches_stored(
     fit: Fit, solution: GroupSolution, present: list[int], factors: str
-) -> tuple[float, dict[str, Patch]]:
-    """What patches stored in one way change in error plus price of their bytes, and the patches."""
+) -> tuple[float, dict[str, Patch], dict[str, tuple[float, ...]]]:
+    """What patches stored in one way change in error plus price of their bytes, the patches and their energies."""
     problem = fit.problem
     assert problem.price is not None
     out_features, in_features = problem.weight.shape
     cost = rank_bytes(in_features, out_features, factors)
     most = min(max(problem.patch_bytes - vector_bytes(solution), 0) // cost, out_features, in_features)
-    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    found: dict[int, tuple[Tensor, Spectrum, Tensor]] = {}
     ranked: list[tuple[float, int]] = []
     for m in present if most else ():
         difference, moment = _missing(fit, solution, m, fit.moment[m])
-        vectors = leading_vectors(difference, moment, min(most, _MOST_RANKS))
+        spectrum = leading_spectrum(difference, moment, min(most, _MOST_RANKS))
+        vectors = spectrum.vectors[:, : min(most, _MOST_RANKS)]
         projected = vectors.t() @ difference.double()
-        energies = ((projected @ moment.double()) * projected).sum(1) * fit.importance[m]
-        found[m] = difference, vectors, moment.double()
-        ranked += [(float(energy) / cost, m) for energy in energies]
+        removed = ((projected @ moment.double()) * projected).sum(1) * fit.importance[m]
+        found[m] = difference, spectrum, moment.double()
+        ranked += [(float(energy) / cost, m) for energy in removed]
     worth = [m for gain, m in sorted(ranked, reverse=True) if gain > problem.price][:most]
     patches: dict[str, Patch] = {}
+    energies: dict[str, tuple[float, ...]] = {}
     change = 0.0
-    for m, (difference, vectors, moment) in found.items():
+    for m, (difference, spectrum, moment) in found.items():
         if rank := worth.count(m):
-            a, b = low_rank_patch(difference, vectors[:, :rank])
+            a, b = low_rank_patch(difference, spectrum.vectors[:, :rank])
             patch = Patch.store(a, b * problem.row_fold[:, None], factors)
             patches[problem.modalities[m].value] = patch
+            energies[problem.modalities[m].value] = _listed(spectrum)
             left = difference.double() - patch.weight(problem.row_fold).double()
             errors = [float(((d @ moment) * d).sum()) for d in (left, difference.double())]
             change += fit.importance[m] * (errors[0] - errors[1]) + problem.price * patch.bytes
-    return change, patches
+    return change, patches, energies
 
 
 def group_output(
@@ -502,7 +543,7 @@ def measure_errors(
     references: list[Tensor] | None = None,
     activation_bits: int | None = None,
 ) -> dict[Modality, float]:
-    """Relative squared error per modality on the weighted tokens held back; modalities without such are left out.
+    """Relative squared error per modality on the weighted tokens that are held; modalities without such are left out.
 
     `references` are the float outputs on those tokens, per modality, if they are known already; `activation_bits`
     replaces the recipe's.

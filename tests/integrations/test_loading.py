@@ -37,7 +37,8 @@ def test_streamed_gives_the_bytes_of_whole(family: str, method: str, tmp_path: P
     report = masquant.quantize(model, processor, samples, recipe=recipe, batch_size=4)
     save(model, processor, tmp_path / "whole", report, source=path)
     streamed = quantize_folder(path, tmp_path / "streamed", samples, recipe, batch_size=4, memory=8 * 30_000)
-    assert streamed.format == report.format and streamed.bytes == report.bytes
+    assert streamed.format == report.format and streamed.bytes == report.bytes and streamed.model == report.model
+    assert [block["groups"] for block in streamed.blocks] == [block["groups"] for block in report.blocks]
     names = {f.name for f in (tmp_path / "whole").iterdir()}
     assert names == {f.name for f in (tmp_path / "streamed").iterdir()}
     for name in names - {"report.json"}:

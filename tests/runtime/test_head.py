@@ -62,7 +62,13 @@ def test_checkpoint_round_trip(tied: bool, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path / "float")
     samples = tiny_samples(family, tmp_path, count=4)
     quantize_folder(tmp_path / "float", tmp_path / "streamed", masquant.load_samples(samples), recipe())
-    save(model, processor, tmp_path / "whole", masquant.quantize(model, processor, samples, recipe=recipe()))
+    heads = {id(p): p for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
+    before = sum(p.nbytes for p in heads.values())
+    total = sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
+    report = masquant.quantize(model, processor, samples, recipe=recipe())
+    save(model, processor, tmp_path / "whole", report)
+    assert report.bytes["lm_head_before"] == before and "lm_head" not in report.not_quantized
+    assert report.bytes["kept"] == total - before - report.bytes["float_before"]
     ids = {"input_ids": torch.tensor([[65, 66, 67]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     with torch.no_grad():
         wanted = model(**ids).logits
@@ -74,6 +80,8 @@ def test_checkpoint_round_trip(tied: bool, tmp_path: Path) -> None:
     packed = [name for name in again if name.endswith("weight_packed")]
     assert len(packed) == (1 if tied else 2)
     sizes = resident_bytes(loaded)
+    assert report.bytes["lm_head"] == pytest.approx(sizes["lm_head"], rel=0.2)  # kernels pad rows
+    assert "embeddings and head in 8 bits" in (tmp_path / "streamed" / "README.md").read_text()
     vocabulary, width = loaded.get_input_embeddings().num_embeddings, loaded.get_input_embeddings().embedding_dim
     assert 0 <= sizes["lm_head"] - len(packed) * vocabulary * (width + 2) <= 16 * (width + 2) + 32
     assert state_of(loaded).tokens.modalities != ("text",)

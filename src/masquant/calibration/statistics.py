@@ -2,13 +2,15 @@
 """Per-modality statistics of the inputs of one block's linear groups, collected as a stream.
 
 Products in float32; sums in float64 up to `_DOUBLE_LIMIT` channels, beyond that in float32 to bound memory. Padding
-never counts. Samples held back contribute their tokens (a bounded number) but no statistics.
+never counts. Samples held back contribute their tokens (a bounded number) but no statistics; where none is held back,
+the first tokens are kept all the same, to report errors on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,57 @@ from ..distributed import gather, max_over_processes, sum_over_processes, world_
 
 _DOUBLE_LIMIT = 4096
 _BAND = 1024
-HELD_TOKENS = 512  # per modality and group
+HELD_TOKENS = 512  # per modality and group, to decide by
+SEEN_TOKENS = 128  # where none is held back, to report errors on
+
+
+@dataclass(frozen=True)
+class Range:
+    """Smallest, quartiles and largest of the channels' absmax."""
+
+    min: float
+    q25: float
+    median: float
+    q75: float
+    max: float
+
+    @classmethod
+    def of(cls, absmax: Tensor) -> Range:
+        """Of absmax per channel, [in]."""
+        levels = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], device=absmax.device)
+        return cls(*(float(f"{value:.5g}") for value in torch.quantile(absmax.float(), levels).tolist()))
+
+
+def misalignment_db(text: Tensor, other: Tensor) -> float:
+    """Signal-to-noise that tokens of one modality lose under another's vector, in dB, at most 0.
+
+    arXiv 2603.04800, Theorem 1: 10 log10( sum_i a_i^-2 / (d max_i a_i^-2) ), a_i = R_i^text / R_i^other, over the
+    channels that are active in both.
+
+    Args:
+        text: absmax of text's channels, [in].
+        other: of the other modality's.
+    """
+    alive = (text > 0) & (other > 0)
+    if not bool(alive.any()):
+        return 0.0
+    inverse = (other[alive] / text[alive]).double().square()
+    return float(10 * torch.log10(inverse.sum() / (inverse.numel() * inverse.max())))
+
+
+def describe_ranges(absmax: Tensor, present: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """What reports say of a group's input: `channels`, each modality's `Range`, and its `misalignment_db` with text.
+
+    Args:
+        absmax: [modalities, in], text first.
+        present: bool [modalities], those that have tokens.
+        names: of the modalities.
+    """
+    shown = [m for m, found in enumerate(present.tolist()) if found]
+    return {
+        "channels": {names[m]: asdict(Range.of(absmax[m])) for m in shown},
+        "misalignment_db": {names[m]: misalignment_db(absmax[0], absmax[m]) for m in shown if m and 0 in shown},
+    }
 
 
 def moment_dtype(features: int) -> torch.dtype:
@@ -108,6 +160,21 @@ class Moments:
         return (self.magnitude.sum(0) / self.counts.sum().clamp_min(1)).float()
 
 
+@dataclass(frozen=True)
+class InputRanges:
+    """Absmax of a group's input over all samples.
+
+    Attributes:
+        absmax: [modalities, in].
+        original: the same in the float model, before any rotation.
+        present: bool [modalities], those that have tokens.
+    """
+
+    absmax: Tensor
+    original: Tensor
+    present: Tensor
+
+
 @dataclass
 class GroupStatistics:
     """Statistics of one group's input.
@@ -115,14 +182,16 @@ class GroupStatistics:
     Attributes:
         fitting: over the samples that candidates are solved on.
         deciding: over the samples held back.
-        held: per modality, tokens of the samples held back, float32 [tokens, in].
+        held: per modality, tokens of the samples held back (the first ones if no sample is), float32 [tokens, in].
         held_weights: their weights [tokens].
+        original: absmax of the float model's own input, before any rotation, [modalities, in]; None if the same.
     """
 
     fitting: Moments
     deciding: Moments
     held: list[Tensor]
     held_weights: list[Tensor]
+    original: Tensor | None = None
 
     @classmethod
     def empty(cls, modalities: int, features: int, device: torch.device, with_moment: bool = True) -> GroupStatistics:
@@ -134,10 +203,12 @@ class GroupStatistics:
             [torch.zeros(0, device=device) for _ in range(modalities)],
         )
 
-    def update(self, x: Tensor, ids: Tensor, held: Tensor, weights: Tensor | None = None) -> None:
+    def update(
+        self, x: Tensor, ids: Tensor, held: Tensor, weights: Tensor | None = None, *, keep_seen: bool = False
+    ) -> None:
         """Add tokens x [tokens, in] with modality ids [tokens]; `held` [tokens] marks those held back.
 
-        `weights` [tokens] says how much each counts; default ones.
+        `weights` [tokens] says how much each counts; default ones. `keep_seen`: keep tokens that are not held back.
         """
         x = x.float()
         weights = x.new_ones(len(x)) if weights is None else weights
@@ -148,14 +219,27 @@ class GroupStatistics:
                 self.fitting.update(m, x[fitting], weights[fitting])
             if bool(deciding.any()):
                 self.deciding.update(m, x[deciding], weights[deciding])
-                room = max(HELD_TOKENS - len(self.held[m]), 0)
-                self.held[m] = torch.cat((self.held[m], x[deciding][:room]))
-                self.held_weights[m] = torch.cat((self.held_weights[m], weights[deciding][:room]))
+            kept, room = (own, SEEN_TOKENS) if keep_seen else (deciding, HELD_TOKENS)
+            room -= len(self.held[m])
+            if room > 0 and bool(kept.any()):
+                self.held[m] = torch.cat((self.held[m], x[kept][:room]))
+                self.held_weights[m] = torch.cat((self.held_weights[m], weights[kept][:room]))
+
+    def update_original(self, x: Tensor, ids: Tensor) -> None:
+        """Add the same tokens as the float model has them, x [tokens, in] with modality ids [tokens]."""
+        if self.original is None:
+            self.original = torch.zeros_like(self.fitting.absmax)
+        for m in range(len(self.held)):
+            own = ids == m
+            if bool(own.any()):
+                self.original[m] = torch.maximum(self.original[m], x[own].abs().amax(0))
 
     def reduce(self) -> None:
         """Make it that of all processes' samples."""
         self.fitting.reduce()
         self.deciding.reduce()
+        if self.original is not None:
+            max_over_processes(self.original)
         for m in range(len(self.held)):
             device = self.held[m].device
             self.held[m] = torch.cat([x.to(device) for x in gather(self.held[m].cpu())])[:HELD_TOKENS]
@@ -164,6 +248,12 @@ class GroupStatistics:
     def merged(self) -> Moments:
         """Statistics over all samples."""
         return self.fitting + self.deciding
+
+    def ranges(self) -> InputRanges:
+        """What reports need, without the moments."""
+        absmax = torch.maximum(self.fitting.absmax, self.deciding.absmax)
+        present = (self.fitting.counts + self.deciding.counts) > 0
+        return InputRanges(absmax, absmax if self.original is None else self.original, present)
 
 
 def collect_statistics(
@@ -174,6 +264,7 @@ def collect_statistics(
     modalities: int,
     with_moment: bool = True,
     weights: Mapping[str, Sequence[Tensor]] | None = None,
+    originals: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> dict[str, GroupStatistics]:
     """Statistics of every group's input while `forward(i)` runs the block on batch i.
 
@@ -185,9 +276,11 @@ def collect_statistics(
         modalities: how many the model has.
         with_moment: collect second moments too.
         weights: per group and batch, the tokens' weights [batch, tokens]; default ones.
+        originals: per rotated group, the float model's input [tokens, in] of the rotated one.
     """
     statistics: dict[str, GroupStatistics] = {}
     current = [0]
+    keep_seen = not any(gather(any(bool(held.any()) for _, _, held in batches)))
 
     def hook(group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -198,7 +291,9 @@ def collect_statistics(
                 statistics[group] = GroupStatistics.empty(modalities, x.shape[-1], x.device, with_moment)
             x = x.reshape(*mask.shape, x.shape[-1])
             weight = weights[group][current[0]].to(x.device)[mask] if weights else None
-            statistics[group].update(x[mask], ids[mask], held[mask], weight)
+            statistics[group].update(x[mask], ids[mask], held[mask], weight, keep_seen=keep_seen)
+            if originals and group in originals:
+                statistics[group].update_original(originals[group](x[mask].float()), ids[mask])
 
         return observe
 

@@ -87,8 +87,13 @@ def scratch_folder(output: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON under a temporary name, then renamed."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Text under a temporary name, then renamed."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -3,7 +3,8 @@
 
 from .baseline import BaselineScores
 from .evaluate import evaluate, score_baseline
-from .results import Evaluation, ModelDescription, SampleScore, comparison_dict
+from .metrics import paired_difference
+from .results import Evaluation, ModelDescription, SampleScore, comparison_dict, results_of, task_metrics
 from .table import EvaluationTable, evaluation_table, examples_table, human_bytes, markdown_table
 
 __all__ = [
@@ -18,5 +19,8 @@ __all__ = [
     "examples_table",
     "human_bytes",
     "markdown_table",
+    "paired_difference",
+    "results_of",
     "score_baseline",
+    "task_metrics",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..errors import DataError
 from .metrics import error_rates, exact_match, paired_difference, perplexity, ratio_of_sums
 
 # How decoded answers of a task are scored; plain texts have a perplexity instead
@@ -98,6 +99,32 @@ class Evaluation:
         if samples:
             result["samples"] = [_finite(dataclasses.asdict(sample)) for sample in self.samples]
         return result
+
+
+def evaluation_of(found: Any) -> Evaluation:
+    """The evaluation of what `Evaluation.to_dict(samples=True)` gave.
+
+    Raises:
+        DataError: it is none, or without samples.
+    """
+    try:
+        description = ModelDescription(found["model"], found["scheme"], found["num_parameters"], found["bytes"])
+        samples = tuple(SampleScore(**sample) for sample in found["samples"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"not the result of an evaluation with its samples ({error!r}); evaluate again") from error
+    return Evaluation(description, samples, found.get("seconds"), found.get("peak_memory"))
+
+
+def results_of(found: Any) -> dict[str, Evaluation]:
+    """Evaluations by name of what `evaluate --json` or `compare --json` wrote, "float" first.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if isinstance(found, Mapping) and "methods" in found:
+        return {name: evaluation_of(e) for name, e in {"float": found.get("float"), **found["methods"]}.items()}
+    result = evaluation_of(found)
+    return {result.description.scheme: result}
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ _FLOATS_AT_A_TIME = 2**26
 
 # Plain greedy decoding, whatever the model's generation config asks for; sampling's settings get their default values,
 # as some versions of transformers warn that others are ignored.
-_GREEDY: Mapping[str, Any] = {
+GREEDY: Mapping[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
     "temperature": 1.0,
@@ -192,7 +192,7 @@ def decode_answers(
     inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
     with projecting(model, lambda hidden: hidden[:, -1:]):
         output = model.generate(
-            **inputs, **_GREEDY, max_new_tokens=max_new_tokens, pad_token_id=encoder.tokenizer.pad_token_id
+            **inputs, **GREEDY, max_new_tokens=max_new_tokens, pad_token_id=encoder.tokenizer.pad_token_id
         )
     new = output[:, inputs["input_ids"].shape[1] :]
     texts = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)

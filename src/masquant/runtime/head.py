@@ -137,4 +137,19 @@ def quantize_head(model: PreTrainedModel) -> bool:
     return tied
 
 
-__all__ = ["AllText", "MasquantEmbedding", "MasquantHead", "TiedHead", "is_tied", "quantize_head", "replace_head"]
+def packed_head_bytes(model: nn.Module) -> int:
+    """Of the 8-bit embeddings and head as a checkpoint has them; 0 if they are in floating point."""
+    heads = [module for module in model.modules() if isinstance(module, MasquantHead)]
+    return sum(t.numel() * t.element_size() for head in heads for t in head.buffers())
+
+
+__all__ = [
+    "AllText",
+    "MasquantEmbedding",
+    "MasquantHead",
+    "TiedHead",
+    "is_tied",
+    "packed_head_bytes",
+    "quantize_head",
+    "replace_head",
+]
