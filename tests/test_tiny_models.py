@@ -12,14 +12,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import FAMILIES, SAMPLING_RATE, VIDEO_SIZE, tiny_media, tiny_model, tiny_processor, tiny_samples
+from tiny_families import SAMPLING_RATE, VIDEO_SIZE
+from tiny_models import FAMILIES, tiny_files, tiny_media, tiny_model, tiny_processor, tiny_samples
 from torch import Tensor
 from transformers import AutoModelForMultimodalLM, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
+from masquant.models import core_of
+
 WITH_FILES = [(family, kind) for family in FAMILIES for kind in tiny_media(family) if kind != "video"]
 WITH_VIDEO = [family for family in FAMILIES if "video" in tiny_media(family)]
+WITHOUT_REPORT = ("qwen2_5_omni_full",)  # their own from_pretrained cannot say what it loaded
 # This processor's own defaults beat the size of its video processor
-VIDEO_OPTIONS = {"qwen2_5_omni": {"videos_kwargs": {"size": VIDEO_SIZE}}}
+VIDEO_OPTIONS = dict.fromkeys(("qwen2_5_omni", "qwen2_5_omni_full"), {"videos_kwargs": {"size": VIDEO_SIZE}})
 
 # Sums in another order (longer rows, padding); the logits have a standard deviation of about 1
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
@@ -65,12 +69,12 @@ def encode(processor: ProcessorMixin, samples: list[dict[str, Any]]) -> BatchFea
 
 @torch.no_grad()
 def logits_of(family: str, batch: BatchFeature) -> Tensor:
-    return model_of(family)(**batch).logits
+    return core_of(model_of(family))(**batch).logits
 
 
 def placeholders(family: str, kind: str, batch: BatchFeature) -> Tensor:
     """Number of placeholder tokens of a kind, per row."""
-    return (batch["input_ids"] == getattr(model_of(family).config, f"{kind}_token_id")).sum(dim=1)
+    return (batch["input_ids"] == getattr(core_of(model_of(family)).config, f"{kind}_token_id")).sum(dim=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -129,7 +133,7 @@ def test_logits_follow_the_video(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_starts_with_the_likeliest_token(family: str, tmp_path: Path) -> None:
-    model, batch = model_of(family), encode(processor_of(family), tiny_samples(family, tmp_path, count=4))
+    model, batch = core_of(model_of(family)), encode(processor_of(family), tiny_samples(family, tmp_path, count=4))
     likeliest = logits_of(family, batch)[:, -1].argmax(dim=-1)
     tokens = model.generate(**batch, max_new_tokens=3, do_sample=False, eos_token_id=None)
     new = tokens[:, batch["input_ids"].shape[1] :]
@@ -139,18 +143,21 @@ def test_generate_starts_with_the_likeliest_token(family: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stock_transformers_loads_what_was_saved(family: str, tmp_path: Path) -> None:
-    folder, samples = tmp_path / "model", tiny_samples(family, tmp_path / "data", count=4)
+    folder, samples = tiny_files(family, tmp_path / "model"), tiny_samples(family, tmp_path / "data", count=4)
     model_of(family).save_pretrained(folder)
     processor_of(family).save_pretrained(folder)
-    loaded, report = AutoModelForMultimodalLM.from_pretrained(folder, output_loading_info=True)
+    if family in WITHOUT_REPORT:
+        loaded = AutoModelForMultimodalLM.from_pretrained(folder)
+    else:
+        loaded, report = AutoModelForMultimodalLM.from_pretrained(folder, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
     assert type(loaded) is type(model_of(family))
-    assert not report["missing_keys"] and not report["unexpected_keys"]
     batch = encode(processor_of(family), samples)
     again = encode(AutoProcessor.from_pretrained(folder), samples)
     assert batch.keys() == again.keys()
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     with torch.no_grad():
-        assert torch.equal(loaded(**again).logits, logits_of(family, batch))
+        assert torch.equal(core_of(loaded)(**again).logits, logits_of(family, batch))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,7 +166,7 @@ def test_weights_are_reproducible_and_none_is_trivial(family: str) -> None:
     for name, parameter in model_of(family).named_parameters():
         assert parameter.dtype == torch.float32 and parameter.std() > 0.05, name
         assert torch.equal(parameter, again[name]) and not torch.equal(parameter, other[name]), name
-    model = model_of(family)
+    model = core_of(model_of(family))
     assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
     assert len(model.get_decoder().layers) == 2
 

@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from .card import model_card
 from .checkpoint.format import QUANT_METHOD, expected_tensors, parse_format
@@ -22,7 +23,7 @@ from .checkpoint.store import finished_folder, write_json
 from .errors import CheckpointError, ModelError
 from .integrations.transformers import build_quantized_shell, quantized_linears, read_headers, state_of, verify_tensors
 from .modality import override_ids
-from .models import decoder_blocks
+from .models import FAMILIES, decoder_blocks
 from .pipeline import QuantizationReport
 
 # Files of a model directory that are weights or are written anew; all others are copied along.
@@ -58,9 +59,7 @@ def load_any(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot read a model config from {path}: {_first_line(error)}") from error
     try:
-        model, info = model_class(config, path).from_pretrained(
-            path, output_loading_info=True, **{"dtype": "auto", **kwargs}
-        )
+        model, info = _from_pretrained(model_class(config, path), path, {"dtype": "auto", **kwargs})
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -68,6 +67,19 @@ def load_any(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             first = sorted(map(str, info[problem]))[0]
             raise CheckpointError(f"{path}: {len(info[problem])} {problem.replace('_', ' ')}, such as {first}")
     return model.eval()
+
+
+def _from_pretrained(
+    cls: type[PreTrainedModel], path: str | Path, kwargs: Mapping[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of loading it."""
+    loader = PreTrainedModel.from_pretrained.__func__
+    model, info = loader(cls, path, output_loading_info=True, **kwargs)
+    found = next((f.side_file for f in FAMILIES if model.config.model_type in f.model_types), None)
+    if found is not None:
+        method, name = found
+        getattr(model, method)(cached_file(path, name))
+    return model, info
 
 
 def _first_line(error: BaseException) -> str:

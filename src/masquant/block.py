@@ -40,16 +40,22 @@ def stacked_fold(group: GroupPlan, folds: Mapping[str, Tensor], device: torch.de
     return torch.cat([folds.get(p.name, torch.ones(p.out_features, device=device)) for p in group.linears])
 
 
-def _heads_of(group: LinearGroup, block: nn.Module, config: Any, features: int) -> tuple[int, int]:
-    """Query heads and key-value heads behind an input of `features`."""
+def source_rows(block: nn.Module, group: LinearGroup, config: Any, features: int) -> slice:
+    """The rows of the linear `fold_into` that give a group's input of `features`.
+
+    Raises:
+        ModelError: it has another number of rows.
+    """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     rows = linear_of(block, group.fold_into).out_features
-    if heads % kv_heads or features % heads or rows != features // heads * kv_heads:
+    count = features // heads * kv_heads if group.fold_kind == "heads" else features
+    whole_heads = group.fold_kind == "rows" or (heads % kv_heads == 0 and features % heads == 0)
+    if not whole_heads or rows < count or (rows > count and not group.fused):
         raise ModelError(
-            f"{group.fold_into} has {rows} rows for {kv_heads} of {heads} heads, {features} inputs of {group.name}; "
-            "the family's description is wrong for this model"
+            f"{group.fold_into} has {rows} rows, {group.name} needs {count} for its {features} inputs ({heads} heads, "
+            f"{kv_heads} of keys and values); the family's description is wrong for this model"
         )
-    return heads, kv_heads
+    return slice(rows - count, rows)
 
 
 def rotate_block(
@@ -76,10 +82,11 @@ def rotate_block(
             norm = block.get_submodule(group.fold_into)
             if getattr(norm, "bias", None) is not None:
                 raise ModelError(f"{group.fold_into} has a bias: the residual stream cannot be rotated")
-            gain = cast(nn.Parameter, norm.weight)
+            weight = cast(nn.Parameter, norm.weight)
+            gain = weight.double() + family.norm_offset
             for linear in linears:
-                linear.weight.copy_(residual.apply(linear.weight.double() * gain.double()))
-            gain.fill_(1.0)
+                linear.weight.copy_(residual.apply(linear.weight.double() * gain))
+            weight.fill_(1.0 - family.norm_offset)
         if residual is not None and group.writes_residual:
             for linear in linears:
                 linear.weight.copy_(residual.apply(linear.weight.double().t()).t())
@@ -88,10 +95,12 @@ def rotate_block(
         if group.fold_kind == "heads" and rotations.heads:
             size = linears[0].in_features // config.num_attention_heads
             heads, values = cast(Rotation, rotations.of_heads(size)), linear_of(block, group.fold_into)
-            turned = heads.apply(values.weight.double().t().unflatten(1, (-1, size))).flatten(1)
-            values.weight.copy_(turned.t())
+            rows = source_rows(block, group, config, linears[0].in_features)
+            turned = heads.apply(values.weight[rows].double().t().unflatten(1, (-1, size))).flatten(1)
+            values.weight[rows] = turned.t().to(values.weight.dtype)
             if values.bias is not None:
-                values.bias.copy_(heads.apply(values.bias.double().unflatten(0, (-1, size))).flatten())
+                turned = heads.apply(values.bias[rows].double().unflatten(0, (-1, size))).flatten()
+                values.bias[rows] = turned.to(values.bias.dtype)
             for linear in linears:
                 linear.weight.copy_(heads.apply(linear.weight.double().unflatten(1, (-1, size))).flatten(1))
         rotation = group_rotation(planned.get(group.name), rotations)
@@ -112,6 +121,7 @@ def stream_samples(
             weight = linear.weight.detach().double()
             if group.fold_kind == "norm":
                 gain = cast(Tensor, block.get_submodule(group.fold_into).weight).detach().double()
+                gain = gain + family.norm_offset
                 readers.append(rotation.apply(weight[:: max(len(weight) // rows, 1)] * gain).float())
             if group.writes_residual:
                 starts = range(0, weight.shape[1], group_size)[:: max(weight.shape[1] // group_size // 4, 1)]
@@ -119,28 +129,33 @@ def stream_samples(
     return readers, writers
 
 
-def text_realizer(block: nn.Module, group: GroupPlan, config: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def text_realizer(
+    block: nn.Module, family: ModelFamily, group: GroupPlan, config: Any, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
     """Function from the vector wanted for text to the nearest one that can be folded exactly in the model's dtype."""
     kind = group.group.fold_kind
     if kind == "norm":
         weight = cast(Tensor, block.get_submodule(group.group.fold_into).weight).detach().to(dtype)
-        return lambda scale: exact_norm_fold(weight, scale)[1]
+        return lambda scale: exact_norm_fold(weight, scale, family.norm_offset)[1]
+    source_rows(block, group.group, config, group.in_features)
     if kind == "heads":
-        heads, kv_heads = _heads_of(group.group, block, config, group.in_features)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         return lambda scale: share_across_query_heads(scale, heads, kv_heads)
     return lambda scale: scale
 
 
-def fold_vector(group: GroupPlan, scale: Tensor, config: Any) -> Tensor:
+def fold_vector(block: nn.Module, group: GroupPlan, scale: Tensor, config: Any) -> Tensor:
     """Factor [rows] of the linear that takes in text's vector `scale` [in] of a group."""
+    rows = source_rows(block, group.group, config, group.in_features)
     if group.group.fold_kind == "heads":
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         scale = scale.unflatten(0, (kv_heads, heads // kv_heads, -1))[:, 0].flatten()
-    return 1.0 / scale
+    return torch.cat((scale.new_ones(rows.start), 1.0 / scale))
 
 
 def solve_block(
     block: nn.Module,
+    family: ModelFamily,
     groups: tuple[GroupPlan, ...],
     statistics: Mapping[str, GroupStatistics],
     state: ModalityState,
@@ -155,6 +170,7 @@ def solve_block(
 
     Args:
         block: unquantized.
+        family: of the model.
         groups: of the block.
         statistics: per group.
         state: the model's modalities.
@@ -179,20 +195,21 @@ def solve_block(
             recipe,
             group.linears[0].grid,
             modality_weights(group.name),
-            text_realizer(block, group, config, dtype),
+            text_realizer(block, family, group, config, dtype),
             row_fold,
             learned.get(group.name),
             *terms(group, sum(added_bytes(s) for s in solutions.values())),
         )
         solution = solutions[group.name] = solve_group(problem)
         if group.group.fold_kind != "norm":
-            folds[group.group.fold_into] = fold_vector(group, solution.text_scale, config)
+            folds[group.group.fold_into] = fold_vector(block, group, solution.text_scale, config)
     return solutions, folds
 
 
 @torch.no_grad()
 def apply_solutions(
     block: nn.Module,
+    family: ModelFamily,
     groups: tuple[GroupPlan, ...],
     solutions: Mapping[str, GroupSolution],
     folds: Mapping[str, Tensor],
@@ -206,7 +223,7 @@ def apply_solutions(
         solution = solutions[group.name]
         if group.group.fold_kind == "norm":
             norm = cast(Tensor, block.get_submodule(group.group.fold_into).weight)
-            norm.copy_(exact_norm_fold(norm.to(dtype), solution.text_scale)[0])
+            norm.copy_(exact_norm_fold(norm.to(dtype), solution.text_scale, family.norm_offset)[0])
         for name in group.kept:  # left in floating point: its input is divided by text's vector all the same
             linear_of(block, name).weight.mul_(solution.text_scale)
     quantized = {linear.name for group in groups for linear in group.linears}

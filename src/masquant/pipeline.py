@@ -28,10 +28,10 @@ from .calibration.gradients import TokenGradients, token_gradients
 from .calibration.media import content_digest
 from .checkpoint.format import CheckpointFormat, make_format
 from .checkpoint.store import BlockStore, digest, tensor_digest
-from .errors import DataError
+from .errors import DataError, RecipeError
 from .integrations.transformers import adopt
 from .modality import Modality, ModalityState, attach_routing
-from .models import decoder_blocks, decoder_of, family_of, modality_tokens_of
+from .models import ModelFamily, core_of, decoder_blocks, decoder_of, family_of, modality_tokens_of
 from .plan import make_plan
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
@@ -120,14 +120,16 @@ def quantize(
     recipe = recipe or Recipe.preset("masquant", scheme)
     device = torch.device(device or model.device)
     plan = make_plan(model, recipe)
+    recipe, left_out = without_inexact(recipe, plan.family)
+    whole, model = model, core_of(model)
     calibration = samples if isinstance(samples, Calibration) else Calibration(load_samples(samples), batch_size)
     model.eval()
     state = ModalityState(modality_tokens_of(model.config))
-    store = open_store(model, recipe, calibration.samples, work_folder, resume) if work_folder else None
+    store = open_store(whole, recipe, calibration.samples, work_folder, resume) if work_folder else None
     inputs = calibration.block_inputs(model, processor, progress)
     gradients = calibration.gradients(model, recipe, inputs, device, progress)
     counts = modality_counts(inputs, state.tokens.modalities)
-    notes = [*plan.notes, *missing_notes(counts)]
+    notes = [*plan.notes, *left_out, *missing_notes(counts)]
     for note in notes:
         progress.note(note)
     if recipe.rotation is not None and recipe.rotation.compare:
@@ -135,7 +137,7 @@ def quantize(
         notes.append(note)
         recipe = recipe if rotated else replace(recipe, rotation=None)
     learned = learned_rotation(model, recipe, device, progress)
-    rotate_stream(inputs, recipe, model.get_input_embeddings().embedding_dim, learned)
+    inputs = rotate_stream(inputs, recipe, model.get_input_embeddings().embedding_dim, learned)
     held_back = held_back_ids(calibration.samples, recipe.selection.held_back) if recipe.selection else set()
     if recipe.selection and not held_back:
         notes.append(
@@ -151,11 +153,11 @@ def quantize(
     checkpoint = make_format(
         plan.family, run.plan.blocks, recipe.scheme.input_activations, recipe.ignore, run.sites, recipe.rotations
     )
-    attach_routing(model, decoder_of(model), state)
+    attach_routing(whole, decoder_of(model), state)
     if learned is not None:
         decoder_of(model).register_buffer(LEARNED_ROTATION, learned)
-    attach_residual_rotation(decoder_of(model), recipe.rotations)
-    adopt(model, checkpoint)
+    attach_residual_rotation(decoder_of(model), recipe.rotations, plan.family.stream_inputs)
+    adopt(whole, checkpoint)
     used = {"num_samples": len(calibration.samples), "tokens": {m.value: n for m, n in counts.items()}}
     sizes = {key: sum(g["bytes"][key] for r in records for g in r["groups"]) for key in
              ("packed", "smooth_scale", "compensation")}  # fmt: skip
@@ -267,8 +269,7 @@ def rotation_pays(run: Run) -> tuple[bool, str]:
     count = min(COMPARED_BLOCKS, len(run.plan.blocks))
     change: dict[str, float] = {}
     for candidate, sign in ((recipe, 1), (replace(recipe, rotation=None), -1)):
-        inputs = run.inputs.copy()
-        rotate_stream(inputs, candidate, run.model.get_input_embeddings().embedding_dim, None)
+        inputs = rotate_stream(run.inputs.copy(), candidate, run.model.get_input_embeddings().embedding_dim, None)
         trial = replace(run, recipe=candidate, inputs=inputs, notes=[], sites={})
         for index in range(count):
             for modality, error in trial.rehearse(index).items():
@@ -303,12 +304,32 @@ def learned_rotation(
     return found.matrix
 
 
-def rotate_stream(inputs: BlockInputs, recipe: Recipe, size: int, learned: Tensor | None) -> None:
-    """Rotate the hidden states before the first block, where the recipe rotates the residual stream."""
+def rotate_stream(inputs: BlockInputs, recipe: Recipe, size: int, learned: Tensor | None) -> BlockInputs:
+    """The inputs with their hidden states rotated (in place), where the recipe rotates the residual stream."""
     rotation = recipe.rotations.of_residual(size, learned) if recipe.rotations else None
-    for i in range(len(inputs.hidden) if rotation else 0):
-        assert rotation is not None
+    if rotation is None:
+        return inputs
+    for i in range(len(inputs.hidden)):
         inputs.hidden[i] = rotation.apply(inputs.hidden[i])
+    return replace(inputs, rotation=rotation)
+
+
+def without_inexact(recipe: Recipe, family: ModelFamily) -> tuple[Recipe, list[str]]:
+    """The recipe without what the family cannot do exactly, and what to report of that.
+
+    Raises:
+        RecipeError: it learns a rotation of a residual stream that cannot be rotated.
+    """
+    rotation = recipe.rotation
+    if rotation is None or not family.unrotated or not (rotation.residual and rotation.online_transforms):
+        return recipe, []
+    if rotation.learned is not None:
+        raise RecipeError(
+            f"rotation.learned turns the residual stream, which {family.title} does not allow: {family.unrotated}; "
+            "remove it from the recipe"
+        )
+    note = f"the residual stream of {family.title} is not rotated: {family.unrotated}"
+    return replace(recipe, rotation=replace(rotation, residual=False)), [note]
 
 
 def modality_counts(inputs: BlockInputs, modalities: Sequence[Modality]) -> dict[Modality, int]:

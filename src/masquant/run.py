@@ -130,6 +130,7 @@ class Run:
         config = decoder_of(self.model).config
         solutions, folds = solve_block(
             block,
+            self.plan.family,
             groups,
             statistics,
             self.state,
@@ -141,7 +142,9 @@ class Run:
             self.model.dtype,
         )
         final, refining = self.refine(block, index, groups, solutions, folds, targets)
-        sites = apply_solutions(block, groups, final, folds, self.state, self.recipe, self.model.dtype)
+        sites = apply_solutions(
+            block, self.plan.family, groups, final, folds, self.state, self.recipe, self.model.dtype
+        )
         if self.spending is not None:
             self.spending.left -= sum(added_bytes(s) for s in solutions.values())
         self.sites.update({site_key(index, name): site for name, site in sites.items() if site != Site()})

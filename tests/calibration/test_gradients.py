@@ -11,13 +11,13 @@ import masquant
 from masquant.calibration.block_inputs import capture_block_inputs
 from masquant.calibration.encoding import SampleEncoder
 from masquant.calibration.gradients import TokenGradients, token_gradients
-from masquant.models import decoder_blocks, family_of, modality_tokens_of
+from masquant.models import core_of, decoder_blocks, family_of, modality_tokens_of
 from masquant.progress import NoProgress
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_block_by_block_is_backpropagation_through_the_model(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family)
+    model = core_of(tiny_model(family))
     samples = masquant.load_samples(tiny_samples(family, tmp_path, count=4))
     batch = next(iter(SampleEncoder(tiny_processor(family)).batches(samples, 4)))
     inputs = capture_block_inputs(model, [batch], modality_tokens_of(model.config))

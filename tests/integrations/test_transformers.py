@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, tiny_model, tiny_processor, tiny_samples
+from tiny_models import FAMILIES, tiny_files, tiny_model, tiny_processor, tiny_samples
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,7 +22,7 @@ from masquant.calibration.encoding import SampleEncoder
 from masquant.errors import CheckpointError, ModelError
 from masquant.integrations.transformers import quantized_linears, state_of
 from masquant.modality import modality_ids
-from masquant.models import decoder_blocks
+from masquant.models import core_of, decoder_blocks
 from masquant.recipe import CompensationArgs, Recipe
 
 OWN_VECTORS = {"selection": None, "compensation": CompensationArgs(rank=4)}
@@ -51,7 +51,7 @@ def quantized(family: str, folder: Path, recipe: Recipe) -> Case:
     samples = tiny_samples(family, folder, count=8)
     media = [sample for sample in samples if "text" not in sample]
     report = masquant.quantize(model, processor, samples, recipe=recipe, batch_size=3)
-    save(model, processor, folder / "out", report)
+    save(model, processor, folder / "out", report, source=tiny_files(family, folder / "float"))
     return Case(
         model,
         tiny_model(family),
@@ -78,7 +78,7 @@ def omni(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    return model(**inputs).logits
+    return core_of(model)(**inputs).logits
 
 
 def test_round_trip_is_bit_exact(case: Case) -> None:
@@ -112,7 +112,7 @@ def test_quantized_output_stays_near_the_float_one(case: Case) -> None:
 
 
 def test_generate_dynamic_static_batched_and_beams(case: Case) -> None:
-    loaded = masquant.load(case.folder)
+    loaded = core_of(masquant.load(case.folder))
     options = {"max_new_tokens": 4, "do_sample": False}
     dynamic = loaded.generate(**case.prompts, **options)
     static = loaded.generate(**case.prompts, **options, cache_implementation="static")

@@ -3,7 +3,8 @@
 
 The model runs on every batch with its decoder blocks replaced by recorders that pass the hidden states on: encoders,
 embeddings, masks and position embeddings are the model's own, and each block's keyword arguments (which may differ
-between blocks, as masks of sliding windows do) are kept as they came. No tracing.
+between blocks, as masks of sliding windows do) are kept as they came. No tracing. The recorders pass on zeros, so that
+what the decoder itself adds to the stream between two blocks is what the second one gets.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from transformers import PreTrainedModel
 
 from ..errors import DataError, ModelError
 from ..modality import ModalityTokens, modality_ids
-from ..models import decoder_blocks
+from ..models import core_of, decoder_blocks
+from ..rotation import Rotation
 from .encoding import EncodedBatch
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -42,11 +44,27 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 @dataclass(frozen=True)
+class Addition:
+    """What the decoder adds to the residual stream before a block: `values` float32 [n, features] at the tokens `rows`
+    bool [batch, tokens], zero elsewhere."""
+
+    rows: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, dense: Tensor) -> Addition | None:
+        """Of a tensor [batch, tokens, features]; None of zeros."""
+        rows = (dense != 0).any(-1)
+        return cls(rows, dense[rows].float()) if bool(rows.any()) else None
+
+
+@dataclass(frozen=True)
 class BlockBatch:
     """One calibration batch, as the decoder blocks see it.
 
     Attributes:
         calls: per block, positional arguments after the hidden states, and keyword arguments; tensors on CPU.
+        added: per block, what is added to the stream before it; on CPU.
         ids: uint8 [batch, tokens], modality ids.
         mask: bool [batch, tokens], False for padding.
         samples: the samples' ids.
@@ -54,6 +72,7 @@ class BlockBatch:
     """
 
     calls: tuple[Call, ...]
+    added: tuple[Addition | None, ...]
     ids: Tensor
     mask: Tensor
     samples: tuple[str, ...]
@@ -100,29 +119,52 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """Everything needed to run the decoder block by block on the calibration samples, in float32."""
+    """Everything needed to run the decoder block by block on the calibration samples, in float32.
+
+    Attributes:
+        batches: as captured.
+        hidden: per batch, what the last block gave (before the first one, what it gets).
+        returns_tuple: whether blocks return tuples.
+        rotation: of the residual stream.
+    """
 
     batches: tuple[BlockBatch, ...]
     hidden: HiddenStates
     returns_tuple: bool
+    rotation: Rotation | None = None
 
     def copy(self) -> BlockInputs:
         """The same with hidden states of its own."""
-        return BlockInputs(self.batches, self.hidden.copy(), self.returns_tuple)
+        return replace(self, hidden=self.hidden.copy())
 
     def run(self, block: nn.Module, index: int, i: int, hidden: Tensor, device: torch.device) -> Tensor:
-        """Output hidden states [batch, tokens, features] of block number `index` on batch `i`, in hidden's dtype."""
+        """Output hidden states [batch, tokens, features] of block number `index` on batch `i`, in hidden's dtype.
+
+        Args:
+            block: the block.
+            index: its number.
+            i: the batch's.
+            hidden: what the block before gave.
+            device: where to run.
+        """
 
         def place(tensor: Tensor) -> Tensor:
             return tensor.to(device, hidden.dtype) if tensor.is_floating_point() else tensor.to(device)
 
         args, kwargs = map_tensors(self.batches[i].calls[index], place)
-        output = block(hidden.to(device), *args, **kwargs)
+        hidden, added = hidden.to(device), self.batches[i].added[index]
+        if added is not None:
+            values = added.values if self.rotation is None else self.rotation.apply(added.values)
+            hidden = hidden.clone()
+            hidden[added.rows.to(device)] += place(values)
+        output = block(hidden, *args, **kwargs)
         return output[0] if self.returns_tuple else output
 
 
 @contextmanager
-def _recording(blocks: list[nn.Module], calls: list[Call], outputs: dict[str, Any]) -> Iterator[None]:
+def _recording(
+    blocks: list[nn.Module], calls: list[Call], added: list[Addition | None], outputs: dict[str, Any]
+) -> Iterator[None]:
     """Replace the blocks' forward by recorders. The first block really runs once, to see what a block returns."""
 
     def recorder(original: Callable[..., Any], index: int) -> Callable[..., Any]:
@@ -131,8 +173,10 @@ def _recording(blocks: list[nn.Module], calls: list[Call], outputs: dict[str, An
                 outputs["returns_tuple"] = isinstance(original(hidden_states, *args, **kwargs), tuple)
             if index == 0:
                 outputs["hidden"] = hidden_states.detach().cpu().float()
+            added.append(Addition.of(hidden_states.detach().cpu()) if index else None)
             calls.append(map_tensors((args, kwargs), lambda t: t.detach().cpu()))
-            return (hidden_states,) if outputs["returns_tuple"] else hidden_states
+            nothing = torch.zeros_like(hidden_states)
+            return (nothing,) if outputs["returns_tuple"] else nothing
 
         return forward
 
@@ -179,7 +223,7 @@ def capture_block_inputs(
         DataError: no batch, or inputs without input_ids.
         ModelError: the decoder did not call its blocks once each.
     """
-    blocks = decoder_blocks(model)
+    model, blocks = core_of(model), decoder_blocks(model)
     outputs: dict[str, Any] = {}
     captured: list[BlockBatch] = []
     hidden = HiddenStates(spill)
@@ -188,14 +232,16 @@ def capture_block_inputs(
         if "input_ids" not in inputs:
             raise DataError(f"a calibration batch has no input_ids, only {', '.join(inputs)}")
         calls: list[Call] = []
-        with _recording(blocks, calls, outputs):
+        added: list[Addition | None] = []
+        with _recording(blocks, calls, added, outputs):
             model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False)
         if len(calls) != len(blocks):
             raise ModelError(f"the decoder made {len(calls)} block calls for its {len(blocks)} blocks")
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
         names = tuple(sample.id for sample in batch.samples)
-        captured.append(BlockBatch(_share(calls), modality_ids(ids, tokens), mask, names, batch.answer_mask))
+        routes = modality_ids(ids, tokens)
+        captured.append(BlockBatch(_share(calls), tuple(added), routes, mask, names, batch.answer_mask))
         hidden.append(outputs["hidden"])
     if not captured:
         raise DataError("no samples: calibration needs at least one")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from ..models import LinearGroup, decoder_blocks, decoder_of
+from ..models import LinearGroup, core_of, decoder_blocks, decoder_of
 from ..progress import AbstractProgress
 from .block_inputs import BlockInputs
 
@@ -74,7 +74,7 @@ def _logit_directions(
 ) -> list[Tensor]:
     """Gradients of z^T logits [batch, tokens, features] at the last block's output, for `samples` random z."""
     positions = answers[:, 1:].to(hidden.device)
-    norm, head = cast(nn.Module, decoder_of(model).norm), model.get_output_embeddings()
+    norm, head = cast(nn.Module, decoder_of(model).norm), core_of(model).get_output_embeddings()
     leaf = hidden.detach().float()[:, :-1][positions].requires_grad_(True)
     weight = cast(Tensor, head.weight)
     with torch.enable_grad():

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..calibration.dataset import Sample
 from ..calibration.encoding import EncodedBatch, SampleEncoder
 from ..errors import DataError, ModelError
+from ..models import core_of
 from .metrics import answer_rows, token_agreement, token_kl, token_nll
 
 # Logits that are handled in float32 at a time: 256 MiB, whatever the vocabulary and the batch
@@ -93,7 +94,7 @@ def _projecting(model: PreTrainedModel, choose: Callable[[Tensor], Tensor]) -> I
     The vocabulary is so large that logits of all tokens may take more time than several decoder blocks, and more
     memory than all of them. The model's own `logits_to_keep`, where it has one, knows nothing of masks.
     """
-    head: nn.Module | None = model.get_output_embeddings()
+    head: nn.Module | None = core_of(model).get_output_embeddings()
     if head is None:
         yield
         return
@@ -121,7 +122,7 @@ def answer_logits(model: PreTrainedModel, batch: EncodedBatch) -> AnswerLogits:
 
     inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.inputs.items()}
     with _projecting(model, choose):
-        logits: Tensor = model(**inputs, use_cache=False).logits
+        logits: Tensor = core_of(model)(**inputs, use_cache=False).logits
     if logits.shape[:2] == (1, len(tokens)):
         logits = logits[0]
     elif logits.shape[:2] == shape:
@@ -191,7 +192,7 @@ def decode_answers(
     """Greedy answers by sample id to a batch that was encoded without answers."""
     inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
     with _projecting(model, lambda hidden: hidden[:, -1:]):
-        output = model.generate(
+        output = core_of(model).generate(
             **inputs, **_GREEDY, max_new_tokens=max_new_tokens, pad_token_id=encoder.tokenizer.pad_token_id
         )
     new = output[:, inputs["input_ids"].shape[1] :]

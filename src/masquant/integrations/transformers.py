@@ -86,7 +86,8 @@ class MasquantQuantizer(HfQuantizer):
         check_loaded(model)
         check_learned_rotation(decoder_of(model))
         attach_routing(model, decoder_of(model), state_of(model))
-        attach_residual_rotation(decoder_of(model), self.format.rotations)
+        stream_inputs = family_of(model.config).stream_inputs
+        attach_residual_rotation(decoder_of(model), self.format.rotations, stream_inputs)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -4,20 +4,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from functools import reduce
+from typing import Any, cast
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import ModelError
 from ..modality import Modality, ModalityTokens
-from . import llava, llava_onevision, qwen2_5_omni, qwen2_5_vl, qwen2_audio, qwen2_vl
+from . import (
+    llava,
+    llava_onevision,
+    qwen2_5_omni,
+    qwen2_5_omni_full,
+    qwen2_5_vl,
+    qwen2_audio,
+    qwen2_vl,
+    qwen3_vl,
+)
 from .family import LinearGroup, ModelFamily
 
 __all__ = [
     "FAMILIES",
     "LinearGroup",
     "ModelFamily",
+    "core_of",
     "decoder_blocks",
     "decoder_of",
     "family_of",
@@ -26,7 +37,17 @@ __all__ = [
 ]
 
 FAMILIES: tuple[ModelFamily, ...] = tuple(
-    module.FAMILY for module in (qwen2_5_omni, qwen2_5_vl, qwen2_vl, llava, llava_onevision, qwen2_audio)
+    module.FAMILY
+    for module in (
+        qwen2_5_omni_full,
+        qwen2_5_omni,
+        qwen3_vl,
+        qwen2_5_vl,
+        qwen2_vl,
+        llava,
+        llava_onevision,
+        qwen2_audio,
+    )
 )
 
 
@@ -58,15 +79,27 @@ def modality_tokens_of(config: PretrainedConfig, modalities: Iterable[Modality] 
         ModelError: a config field is missing or empty.
     """
     family = family_of(config)
+    own = _field(config, f"{family.core}_config") if family.core else config
     chosen = family.modalities if modalities is None else tuple(modalities)
     token_ids: dict[Modality, tuple[int, ...]] = {}
     for modality in chosen[1:]:
         fields = family.modality_tokens[modality]
-        found = tuple(int(v) for v in (getattr(config, name, None) for name in fields) if v is not None)
+        found = tuple(int(v) for v in (_field(own, name) for name in fields) if v is not None)
         if not found:
             raise ModelError(f"the config of {config.model_type} sets none of {', '.join(fields)}")
         token_ids[modality] = found
     return ModalityTokens(chosen, token_ids)
+
+
+def _field(config: Any, path: str) -> Any:
+    """A config's field, of a part of it where the path has dots; None if it is missing."""
+    return reduce(lambda part, name: getattr(part, name, None), path.split("."), config)
+
+
+def core_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The multimodal language model inside `model`, which is calibrated and quantized; mostly `model` itself."""
+    core = next((f.core for f in FAMILIES if model.config.model_type in f.model_types), "")
+    return cast(PreTrainedModel, model.get_submodule(core))
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -75,7 +108,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     Raises:
         ModelError: none was found.
     """
-    decoder = model.get_decoder()
+    decoder = core_of(model).get_decoder()
     for candidate in (decoder, getattr(decoder, "language_model", None), getattr(decoder, "model", None)):
         if isinstance(candidate, nn.Module) and isinstance(getattr(candidate, "layers", None), nn.ModuleList):
             return candidate

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is special about a model family, as data: which linears share an input, and which tokens are media."""
+"""What is special about a model family, as data: which linears share an input and what folds where, which tokens are
+media, and what cannot be done exactly."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ class LinearGroup:
         fold_kind: `norm` divides the norm's weight; `rows` divides the rows (and bias) of a linear; `heads` likewise
             where each of its heads feeds several query heads (grouped-query attention).
         writes_residual: whether its outputs are added to the residual stream (which `norm` groups read).
+        fused: `fold_into` is one linear for several things, of which only the last rows feed the group.
     """
 
     name: str
@@ -28,6 +30,7 @@ class LinearGroup:
     fold_into: str
     fold_kind: Literal["norm", "rows", "heads"]
     writes_residual: bool = False
+    fused: bool = False
 
 
 LLAMA_GROUPS = (
@@ -45,10 +48,19 @@ class ModelFamily:
     Attributes:
         model_types: `config.model_type` of the models it covers.
         title: name for people.
-        modality_tokens: per modality other than text, the config fields that hold its placeholder token ids.
+        modality_tokens: per modality other than text, the config fields that hold its placeholder token ids; a dot
+            goes into a part of the config.
         encoders: module names (below the model or its inner model) that stay unquantized.
-        groups: the decoder block's linear groups.
         example: a hub id for the documentation.
+        groups: the decoder block's linear groups.
+        core: the submodule that is the multimodal language model, where the whole model is more; what its config is
+            called is this and `_config`. The rest stays unquantized.
+        norm_offset: what the norms before linears add to their weight before they multiply with it.
+        unrotated: why the residual stream cannot be rotated exactly, if it cannot.
+        stream_inputs: keyword arguments of the decoder's forward that it adds to the residual stream between blocks.
+        side_file: a method of the model and the file that it must read after the weights; the class's own
+            from_pretrained does so too, but cannot say what it loaded.
+        remark: what a user should know.
     """
 
     model_types: tuple[str, ...]
@@ -57,6 +69,12 @@ class ModelFamily:
     encoders: tuple[str, ...]
     example: str
     groups: tuple[LinearGroup, ...] = field(default=LLAMA_GROUPS)
+    core: str = ""
+    norm_offset: float = 0.0
+    unrotated: str = ""
+    stream_inputs: tuple[str, ...] = ()
+    side_file: tuple[str, str] | None = None
+    remark: str = ""
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
