@@ -68,10 +68,15 @@ def test_a_rotated_model_is_the_same_model(family: str, rotations: Rotations, tm
     with torch.no_grad():
         wanted = model(**inputs).logits
         plan, decoder = make_plan(model, Recipe.preset("rtn", group_size="channel")), decoder_of(model)
+        exact = not (rotations.residual and plan.family.unrotated)
         for block, groups in zip(decoder_blocks(model), plan.blocks, strict=True):
             rotate_block(block, plan.family, groups, rotations, decoder.config)
         changed = model(**inputs).logits
         attach_residual_rotation(decoder, rotations, plan.family.stream_inputs)
-        torch.testing.assert_close(model(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)
+        found = model(**inputs).logits
+    if exact:
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    else:  # what a family says it cannot do, it cannot do
+        assert not torch.allclose(found, wanted, rtol=1e-2, atol=1e-2)
     if rotations.residual:
         assert not torch.allclose(changed, wanted, rtol=1e-2, atol=1e-2)

@@ -161,6 +161,77 @@ def _qwen2_audio_config(ids: TokenIds) -> dict[str, Any]:
     }
 
 
+def _gemma3_config(ids: TokenIds) -> dict[str, Any]:
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "head_dim": 32}
+    return {
+        "text_config": _text_config(ids, **layers),
+        "vision_config": _TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        "mm_tokens_per_image": 4,
+        "image_token_index": ids["image_token"],
+        "boi_token_index": ids["boi_token"],
+        "eoi_token_index": ids["eoi_token"],
+        "tie_word_embeddings": False,
+    }
+
+
+def _smolvlm_config(ids: TokenIds) -> dict[str, Any]:
+    return {
+        "text_config": _text_config(ids, model_type="llama"),
+        "vision_config": dict(_TOWER),
+        "image_token_id": ids["image_token"],
+        "scale_factor": 2,
+    }
+
+
+def _internvl_config(ids: TokenIds) -> dict[str, Any]:
+    sizes = {"image_size": [_SIDE, _SIDE], "patch_size": [PATCH, PATCH]}
+    return {
+        "text_config": _text_config(ids, model_type="qwen2"),
+        "vision_config": _TOWER | sizes,
+        "image_token_id": ids["context_image_token"],
+        "image_seq_length": 4,
+        "tie_word_embeddings": False,
+    }
+
+
+def _mistral3_config(ids: TokenIds) -> dict[str, Any]:
+    return {
+        "text_config": _text_config(ids, model_type="mistral", head_dim=32),
+        "vision_config": _TOWER | {"model_type": "pixtral", "image_size": 2 * _SIDE},
+        "image_token_index": ids["image_token"],
+        "spatial_merge_size": 2,
+        "tie_word_embeddings": False,
+    }
+
+
+def _gemma3_components() -> dict[str, Any]:
+    size = {"height": _SIDE, "width": _SIDE}
+    return {"image_processor": hf.Gemma3ImageProcessor(size=size, do_convert_rgb=True), "image_seq_length": 4}
+
+
+def _smolvlm_components() -> dict[str, Any]:
+    size, tile = {"longest_edge": 2 * _SIDE}, {"longest_edge": _SIDE}
+    return {
+        "image_processor": hf.SmolVLMImageProcessor(size=size, max_image_size=tile),
+        "video_processor": hf.SmolVLMVideoProcessor(size=tile, max_image_size=tile, fps=1, num_frames=2),
+        "image_seq_len": 4,
+    }
+
+
+def _internvl_components() -> dict[str, Any]:
+    size = {"height": _SIDE, "width": _SIDE}
+    return {
+        "image_processor": hf.GotOcr2ImageProcessor(size=size, max_patches=2),
+        "video_processor": hf.InternVLVideoProcessor(size=size),
+        "image_seq_length": 4,
+    }
+
+
+def _mistral3_components() -> dict[str, Any]:
+    sizes = {"size": {"longest_edge": 2 * _SIDE}, "patch_size": PATCH}
+    return {"image_processor": hf.PixtralImageProcessor(**sizes), "patch_size": PATCH, "spatial_merge_size": 2}
+
+
 def _qwen_vision_components() -> dict[str, Any]:
     patches = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
     size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
@@ -232,6 +303,29 @@ _LLAVA_ONEVISION_TEMPLATE = (
     "{% for part in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>' }}{% endfor %}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + part['text'] }}{% endfor %}"
     "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<start_of_turn>' + message['role'].replace('assistant', 'model') + '\n' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<start_of_image>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] | trim }}{% endif %}{% endfor %}{{ '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+_SMOLVLM_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% elif part['type'] == 'image' %}{{ '<image>' }}{% elif part['type'] == 'video' %}{{ '<video>' }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+_MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST]"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}[IMG]{% elif part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}[/INST]{% else %}{{ message['content'][0]['text'] + eos_token }}"
+    "{% endif %}{% endfor %}"
 )
 
 _CHATML_TOKENS = {"pad_token": "<|endoftext|>", "im_start": "<|im_start|>", "eos_token": "<|im_end|>"}
@@ -327,5 +421,48 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         config=_qwen2_audio_config,
         processor_class=hf.Qwen2AudioProcessor,
         components=_audio_components,
+    ),
+    "gemma3": TinyFamily(
+        media=("image",),
+        special_tokens={"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+        | {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+        | {"start_of_turn": "<start_of_turn>", "end_of_turn": "<end_of_turn>"},
+        chat_template=_GEMMA_TEMPLATE,
+        model_class=hf.Gemma3ForConditionalGeneration,
+        config=_gemma3_config,
+        processor_class=hf.Gemma3Processor,
+        components=_gemma3_components,
+    ),
+    "smolvlm": TinyFamily(
+        media=("image", "video"),
+        special_tokens={"pad_token": "<pad>", "im_start": "<|im_start|>", "eos_token": "<end_of_utterance>"}
+        | {"fake_image_token": "<fake_token_around_image>", "image_token": "<image>"}
+        | {"global_image_token": "<global-img>", "video_token": "<video>"},
+        chat_template=_SMOLVLM_TEMPLATE,
+        model_class=hf.SmolVLMForConditionalGeneration,
+        config=_smolvlm_config,
+        processor_class=hf.SmolVLMProcessor,
+        components=_smolvlm_components,
+    ),
+    "internvl": TinyFamily(
+        media=("image", "video"),
+        special_tokens=_CHATML_TOKENS
+        | {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+        | {"video_token": "<video>"},
+        chat_template=_chatml(image="<IMG_CONTEXT>\n", video="<video>\n"),
+        model_class=hf.InternVLForConditionalGeneration,
+        config=_internvl_config,
+        processor_class=hf.InternVLProcessor,
+        components=_internvl_components,
+    ),
+    "mistral3": TinyFamily(
+        media=("image",),
+        special_tokens={"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "inst": "[INST]"}
+        | {"end_inst": "[/INST]", "image_token": "[IMG]", "break": "[IMG_BREAK]", "end": "[IMG_END]"},
+        chat_template=_MISTRAL_TEMPLATE,
+        model_class=hf.Mistral3ForConditionalGeneration,
+        config=_mistral3_config,
+        processor_class=hf.PixtralProcessor,
+        components=_mistral3_components,
     ),
 }

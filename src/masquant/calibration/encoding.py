@@ -271,8 +271,10 @@ class SampleEncoder:
                     f"sample {sample.id} has {length} tokens, more than {self.max_tokens}; shorten it or its media"
                 )
             for kind in sample.media:
-                token = self.tokenizer.convert_tokens_to_ids(self.placeholders.get(kind, self.tokenizer.pad_token))
-                if kind in self.placeholders and not bool((ids[row] == token).any()):
+                shown = [kind, "image"] if kind == "video" else [kind]  # some write videos as pictures
+                names = [self.placeholders[k] for k in shown if k in self.placeholders]
+                tokens = torch.tensor(self.tokenizer.convert_tokens_to_ids(names), dtype=ids.dtype)
+                if kind in self.placeholders and not bool(torch.isin(ids[row], tokens).any()):
                     raise DataError(
                         f"sample {sample.id}: {name} or its chat template drops the {kind}; leave it out, or use a "
                         "chat template that shows it"

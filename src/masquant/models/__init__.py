@@ -13,14 +13,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import ModelError
 from ..modality import Modality, ModalityTokens
 from . import (
+    gemma3,
+    internvl,
     llava,
     llava_onevision,
+    mistral3,
     qwen2_5_omni,
     qwen2_5_omni_full,
     qwen2_5_vl,
     qwen2_audio,
     qwen2_vl,
     qwen3_vl,
+    smolvlm,
 )
 from .family import LinearGroup, ModelFamily
 
@@ -46,6 +50,10 @@ FAMILIES: tuple[ModelFamily, ...] = tuple(
         qwen2_vl,
         llava,
         llava_onevision,
+        gemma3,
+        smolvlm,
+        internvl,
+        mistral3,
         qwen2_audio,
     )
 )

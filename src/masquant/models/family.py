@@ -40,6 +40,13 @@ LLAMA_GROUPS = (
     LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows", writes_residual=True),
 )
 
+GEMMA_GROUPS = (  # norms follow attention and MLP, so what these write is not what the stream gets
+    LinearGroup("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "norm"),
+    LinearGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
+    LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm", "norm"),
+    LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows"),
+)
+
 
 @dataclass(frozen=True)
 class ModelFamily:
