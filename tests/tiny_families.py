@@ -204,6 +204,23 @@ def _mistral3_config(ids: TokenIds) -> dict[str, Any]:
     }
 
 
+def _phi4_config(ids: TokenIds) -> dict[str, Any]:
+    audio = {"hidden_size": 32, "intermediate_size": 64, "num_blocks": 2, "num_attention_heads": 2, "input_size": 80}
+    audio |= {"ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 16}
+    vision = _TOWER | {"image_size": 448, "patch_size": 14, "crop_size": 448, "image_token_id": ids["image_token"]}
+    return _text_config(ids, max_position_embeddings=4096) | {
+        "vision_config": vision,
+        "audio_config": audio | {"audio_token_id": ids["audio_token"], "bias_max_distance": 50},
+    }
+
+
+def _phi4_components() -> dict[str, Any]:
+    return {
+        "image_processor": hf.Phi4MultimodalImageProcessor(dynamic_hd=1),
+        "audio_processor": hf.Phi4MultimodalFeatureExtractor(),
+    }
+
+
 def _gemma3_components() -> dict[str, Any]:
     size = {"height": _SIDE, "width": _SIDE}
     return {"image_processor": hf.Gemma3ImageProcessor(size=size, do_convert_rgb=True), "image_seq_length": 4}
@@ -319,6 +336,13 @@ _SMOLVLM_TEMPLATE = (
     "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
     "{% elif part['type'] == 'image' %}{{ '<image>' }}{% elif part['type'] == 'video' %}{{ '<video>' }}{% endif %}"
     "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+_PHI4_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|image|>{% elif part['type'] == 'audio' %}<|audio|>"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 _MISTRAL_TEMPLATE = (
@@ -464,5 +488,15 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         config=_mistral3_config,
         processor_class=hf.PixtralProcessor,
         components=_mistral3_components,
+    ),
+    "phi4_multimodal": TinyFamily(
+        media=("image", "audio"),
+        special_tokens={"pad_token": "<|endoftext|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+        | {"eos_token": "<|end|>", "image_token": "<|image|>", "audio_token": "<|audio|>"},
+        chat_template=_PHI4_TEMPLATE,
+        model_class=hf.Phi4MultimodalForCausalLM,
+        config=_phi4_config,
+        processor_class=hf.Phi4MultimodalProcessor,
+        components=_phi4_components,
     ),
 }

@@ -35,7 +35,7 @@ def tiny_media(family: str) -> tuple[str, ...]:
 
 
 def tiny_files(family: str, folder: Path) -> Path:
-    """`folder`, created if missing, with the files that the family's models have beside config, weights and processor."""
+    """`folder`, created if missing, with what the family's models have beside config, weights and processor."""
     folder.mkdir(parents=True, exist_ok=True)
     TINY_FAMILIES[family].write_files(folder)
     return folder

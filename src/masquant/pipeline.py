@@ -23,7 +23,7 @@ from transformers import __version__ as transformers_version
 from .block import stream_samples
 from .calibration.block_inputs import BlockInputs, capture_block_inputs
 from .calibration.dataset import Sample, load_samples
-from .calibration.encoding import SampleEncoder
+from .calibration.encoding import SampleEncoder, group_batches
 from .calibration.gradients import TokenGradients, token_gradients
 from .calibration.media import content_digest
 from .checkpoint.format import CheckpointFormat, make_format
@@ -223,8 +223,14 @@ class Calibration:
     def block_inputs(self, model: PreTrainedModel, processor: Any, progress: AbstractProgress) -> BlockInputs:
         """What the decoder's blocks are called with: encoders and embeddings run on the samples."""
         if self._inputs is None:
-            total = -(-len(self.samples) // self.batch_size)
-            batches = SampleEncoder(processor).batches(self.samples, self.batch_size)
+            encoder = SampleEncoder(processor)
+            if family_of(model.config).mixes_media:
+                total, batches = (
+                    -(-len(self.samples) // self.batch_size),
+                    encoder.batches(self.samples, self.batch_size),
+                )
+            else:
+                total, batches = group_batches(encoder, self.samples, self.batch_size)
             tracked = progress.track(batches, "reading samples", total, "batch")
             size = len(self.samples) * 2048 * model.get_input_embeddings().embedding_dim * 4
             tokens = modality_tokens_of(model.config)

@@ -67,7 +67,8 @@ def test_the_whole_model_speaks(tmp_path: Path) -> None:
     for part in ("talker", "token2wav"):
         ours, theirs = getattr(loaded, part).state_dict(), getattr(reference, part).state_dict()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and len(ours) == len(theirs)
-    inputs = inputs_of(family, tmp_path, with_answer=False, count=1)
+    spoken = masquant.load_samples([s for s in samples if "audio" in s and "image" not in s][:1])
+    inputs = SampleEncoder(processor).encode(spoken, with_answer=False).inputs  # speech about pictures fails upstream
     with torch.no_grad():
         ours, theirs = (core_of(m)(**inputs, output_hidden_states=True).hidden_states for m in (loaded, reference))
     for a, b in zip(ours, theirs, strict=True):

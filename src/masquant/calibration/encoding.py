@@ -66,7 +66,7 @@ class SampleEncoder:
             )
         parameters = inspect.signature(type(processor).__call__).parameters
         self.audio_keyword = "audio" if "audio" in parameters or "audios" not in parameters else "audios"
-        extractor = getattr(processor, "feature_extractor", None)
+        extractor = getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
         self.sampling_rate: int | None = getattr(extractor, "sampling_rate", None)
         self.max_seconds: float | None = getattr(extractor, "chunk_length", None)
         self.accepts = {
@@ -81,6 +81,11 @@ class SampleEncoder:
         self.needs_token_types = "mm_token_type_ids" in getattr(processor, "model_input_names", ())
         first = self.tokenizer("a")["input_ids"][0]
         self.adds_bos = self.tokenizer.bos_token is not None and first == self.tokenizer.bos_token_id
+
+    @property
+    def chat_template(self) -> str | None:
+        """The processor's, or its tokenizer's, which is where some processors leave it when they are loaded."""
+        return getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
 
     def batches(
         self, samples: Sequence[Sample], batch_size: int, *, with_answer: bool = True
@@ -157,7 +162,8 @@ class SampleEncoder:
 
     def _render(self, sample: Sample, answer: str | None) -> str:
         """The conversation in the model's own format: media, prompt, answer. Without `answer` it invites one."""
-        if getattr(self.processor, "chat_template", None) is None:
+        own = getattr(self.processor, "chat_template", None) is not None
+        if self.chat_template is None:
             raise DataError(
                 f"{type(self.processor).__name__} has no chat template, so conversations cannot be written in the "
                 "model's format; put the model's chat_template.jinja into its folder"
@@ -170,7 +176,9 @@ class SampleEncoder:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         try:
             text = str(
-                self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+                self.processor.apply_chat_template(
+                    messages, None if own else self.chat_template, tokenize=False, add_generation_prompt=answer is None
+                )
             )
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"sample {sample.id}: the model's chat template refuses it: {error}") from error
@@ -287,6 +295,21 @@ class SampleEncoder:
             yield
         finally:
             self.tokenizer.padding_side = side
+
+
+def group_batches(
+    encoder: SampleEncoder, samples: Sequence[Sample], batch_size: int, *, with_answer: bool = True
+) -> tuple[int, Iterator[EncodedBatch]]:
+    """Batches whose samples all have the same kinds of media, and how many there are.
+
+    A short question about a picture in one batch with speech would mostly be padding.
+    """
+    groups: dict[tuple[bool, tuple[str, ...]], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.text is not None, sample.media), []).append(sample)
+    ordered = [groups[key] for key in sorted(groups)]
+    total = sum(-(-len(group) // batch_size) for group in ordered)
+    return total, (b for group in ordered for b in encoder.batches(group, batch_size, with_answer=with_answer))
 
 
 def estimated_tokens(sample: Sample) -> int:

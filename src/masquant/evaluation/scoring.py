@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calibration.dataset import Sample
 from ..calibration.encoding import EncodedBatch, SampleEncoder
 from ..errors import DataError, ModelError
 from ..models import core_of
@@ -58,21 +57,6 @@ class TokenScores:
     nll: Tensor
     kl: Tensor | None
     agreed: Tensor | None
-
-
-def group_batches(
-    encoder: SampleEncoder, samples: Sequence[Sample], batch_size: int, *, with_answer: bool = True
-) -> tuple[int, Iterator[EncodedBatch]]:
-    """Batches whose samples all have the same kinds of media, and how many there are.
-
-    A short question about a picture in one batch with speech would mostly be padding.
-    """
-    groups: dict[tuple[bool, tuple[str, ...]], list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault((sample.text is not None, sample.media), []).append(sample)
-    ordered = [groups[key] for key in sorted(groups)]
-    total = sum(-(-len(group) // batch_size) for group in ordered)
-    return total, (b for group in ordered for b in encoder.batches(group, batch_size, with_answer=with_answer))
 
 
 @contextmanager

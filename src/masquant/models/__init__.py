@@ -18,6 +18,7 @@ from . import (
     llava,
     llava_onevision,
     mistral3,
+    phi4_multimodal,
     qwen2_5_omni,
     qwen2_5_omni_full,
     qwen2_5_vl,
@@ -54,6 +55,7 @@ FAMILIES: tuple[ModelFamily, ...] = tuple(
         smolvlm,
         internvl,
         mistral3,
+        phi4_multimodal,
         qwen2_audio,
     )
 )

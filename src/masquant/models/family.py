@@ -65,6 +65,7 @@ class ModelFamily:
         norm_offset: what the norms before linears add to their weight before they multiply with it.
         unrotated: why the residual stream cannot be rotated exactly, if it cannot.
         stream_inputs: keyword arguments of the decoder's forward that it adds to the residual stream between blocks.
+        mixes_media: whether samples with different media may share a batch without changing each other.
         side_file: a method of the model and the file that it must read after the weights; the class's own
             from_pretrained does so too, but cannot say what it loaded.
         remark: what a user should know.
@@ -80,6 +81,7 @@ class ModelFamily:
     norm_offset: float = 0.0
     unrotated: str = ""
     stream_inputs: tuple[str, ...] = ()
+    mixes_media: bool = True
     side_file: tuple[str, str] | None = None
     remark: str = ""
 

@@ -27,8 +27,8 @@ def attach_residual_rotation(
 ) -> None:
     """Rotate the hidden states as they enter the first block of `decoder`, and back as they enter its last norm.
 
-    Embeddings, encoders, lm_head and the hidden states that are given out stay as they are. A learned part is taken from the decoder's buffer. Nothing is
-    done without a rotation.
+    Embeddings, encoders, lm_head and the hidden states that are given out stay as they are. A learned part is taken
+    from the decoder's buffer. Nothing is done without a rotation.
 
     Args:
         decoder: the module with the blocks.
