@@ -23,7 +23,6 @@ from masquant.evaluation.scoring import (
     answer_logits,
     decode_answers,
     evaluating,
-    group_batches,
     sample_scores,
     token_scores,
 )
