@@ -345,7 +345,7 @@ def test_processors_that_cannot_be_used() -> None:
     processor.chat_template = "{{ raise_exception('only cats') }}"
     with pytest.raises(DataError, match="sample 1: the model's chat template refuses it: only cats"):
         SampleEncoder(processor).encode([conversation()])
-    processor.chat_template = None
+    processor.chat_template = processor.tokenizer.chat_template = None
     with pytest.raises(DataError, match=r"has no chat template.* put the model's chat_template.jinja"):
         SampleEncoder(processor).encode([conversation()])
     assert SampleEncoder(processor).encode([Sample("1", "text", text="needs none")]).answer_mask.any()

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 import masquant
 from masquant.calibration.dataset import Sample
-from masquant.calibration.encoding import EncodedBatch, SampleEncoder
+from masquant.calibration.encoding import EncodedBatch, SampleEncoder, group_batches
 from masquant.errors import DataError, ModelError
 from masquant.evaluation import scoring
 from masquant.evaluation.scoring import (
