@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, tiny_model, tiny_processor, tiny_samples
 import masquant
 from masquant.block import rotate_block
 from masquant.calibration.encoding import SampleEncoder
-from masquant.models import core_of, decoder_blocks, decoder_of
+from masquant.models import core_of, decoder_blocks, decoder_of, linearize
 from masquant.plan import make_plan
 from masquant.recipe import Recipe
 from masquant.rotation import Rotation, Rotations, cosine_transform, factor_sizes, hadamard, signs
@@ -70,7 +70,7 @@ def test_a_rotated_model_is_the_same_model(family: str, rotations: Rotations, tm
         plan, decoder = make_plan(model, Recipe.preset("rtn", group_size="channel")), decoder_of(model)
         exact = not (rotations.residual and plan.family.unrotated)
         for block, groups in zip(decoder_blocks(model), plan.blocks, strict=True):
-            rotate_block(block, plan.family, groups, rotations, decoder.config)
+            rotate_block(linearize(block, plan.family), plan.family, groups, rotations, decoder.config)
         changed = model(**inputs).logits
         attach_residual_rotation(decoder, rotations, plan.family.stream_inputs)
         found = model(**inputs).logits

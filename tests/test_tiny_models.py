@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForMultimodalLM, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
 
 from masquant.modality import Modality
-from masquant.models import core_of, family_of, modality_tokens_of
+from masquant.models import core_of, modality_tokens_of
 
 WITH_FILES = [(family, kind) for family in FAMILIES for kind in tiny_media(family) if kind != "video"]
 WITH_VIDEO = [family for family in FAMILIES if "video" in tiny_media(family)]
 VIDEOS_AS_IMAGES = ("smolvlm", "internvl")  # their frames have pictures' placeholders
+AUDIO_SEES_PADDING = ("phi4_multimodal", "qwen3_omni_moe")  # so sounds of a batch change each other
 WITHOUT_REPORT = ("qwen2_5_omni_full",)  # their own from_pretrained cannot say what it loaded
 # This processor's own defaults beat the size of its video processor
 VIDEO_OPTIONS = {name: {"videos_kwargs": {"size": VIDEO_SIZE}} for name in ("qwen2_5_omni", "qwen2_5_omni_full")}
@@ -101,7 +102,7 @@ def test_mixed_batch_runs_and_holds_every_modality(family: str, tmp_path: Path) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sample_gives_the_same_logits_alone_and_in_a_batch(family: str, tmp_path: Path) -> None:
     samples = tiny_samples(family, tmp_path, count=4)
-    if not family_of(model_of(family).config).mixes_media:
+    if family in AUDIO_SEES_PADDING:
         samples = [s for s in samples if "audio" not in s]
     batch = encode(processor_of(family), samples)
     logits = logits_of(family, batch)

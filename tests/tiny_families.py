@@ -104,6 +104,30 @@ _QWEN3_VISION = _QWEN_VISION | _WIDTHS | {"out_hidden_size": 64, "num_position_e
 _QWEN3_VISION |= {"deepstack_visual_indexes": [0]}
 
 
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+
+
+def _qwen3_vl_moe_config(ids: TokenIds) -> dict[str, Any]:
+    text = _text_config(ids, rope_parameters=dict(_MROPE), mlp_only_layers=[0], **_EXPERTS)  # one dense block
+    return _qwen_vl_config(_QWEN3_VISION, ids) | {"text_config": text}
+
+
+def _qwen3_omni_moe_config(ids: TokenIds) -> dict[str, Any]:
+    return {
+        "text_config": _text_config(ids, rope_parameters=dict(_MROPE), **_EXPERTS),
+        "vision_config": dict(_QWEN3_VISION),
+        "audio_config": _AUDIO | {"output_dim": 64, "downsample_hidden_size": 8},
+        "image_token_id": ids["image_token"],
+        "video_token_id": ids["video_token"],
+        "audio_token_id": ids["audio_token"],
+        "vision_start_token_id": ids["vision_bos_token"],
+        "vision_end_token_id": ids["vision_eos_token"],
+        "audio_start_token_id": ids["audio_bos_token"],
+        "audio_end_token_id": ids["audio_eos_token"],
+        "user_token_id": ids["im_start"],
+    }
+
+
 def _qwen2_5_omni_full_config(ids: TokenIds) -> dict[str, Any]:
     talker = {"vocab_size": 40, "embedding_size": 64, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
     talker |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -498,5 +522,20 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         config=_phi4_config,
         processor_class=hf.Phi4MultimodalProcessor,
         components=_phi4_components,
+    ),
+    "qwen3_vl_moe": TinyFamily(
+        media=("image", "video"),
+        special_tokens=_QWEN_VL_TOKENS,
+        chat_template=_QWEN_VL_TEMPLATE,
+        model_class=hf.Qwen3VLMoeForConditionalGeneration,
+        config=_qwen3_vl_moe_config,
+        processor_class=hf.Qwen3VLProcessor,
+        components=_qwen3_vl_components,
+    ),
+    "qwen3_omni_moe": replace(
+        _QWEN2_5_OMNI,
+        model_class=hf.Qwen3OmniMoeThinkerForConditionalGeneration,
+        config=_qwen3_omni_moe_config,
+        processor_class=hf.Qwen3OmniMoeProcessor,
     ),
 }

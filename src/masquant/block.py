@@ -19,8 +19,8 @@ from .calibration.statistics import GroupStatistics
 from .checkpoint.format import Site
 from .errors import ModelError
 from .modality import Modality, ModalityState
-from .models import LinearGroup, ModelFamily, linear_of
-from .plan import GroupPlan, group_rotation
+from .models import LinearGroup, ModelFamily, groups_of, linear_of
+from .plan import GroupPlan, folds_text, group_rotation
 from .quantization import pack
 from .recipe import Recipe
 from .rotation import Rotation, Rotations
@@ -76,17 +76,10 @@ def rotate_block(
     """
     residual = rotations.of_residual(config.hidden_size, learned)
     planned = {group.name: group for group in groups}
-    for group in family.groups:
+    if residual is not None:
+        _rotate_readers(block, family, residual)
+    for group in groups_of(block, family):
         linears = [linear_of(block, name) for name in group.linears]
-        if residual is not None and group.fold_kind == "norm":
-            norm = block.get_submodule(group.fold_into)
-            if getattr(norm, "bias", None) is not None:
-                raise ModelError(f"{group.fold_into} has a bias: the residual stream cannot be rotated")
-            weight = cast(nn.Parameter, norm.weight)
-            gain = weight.double() + family.norm_offset
-            for linear in linears:
-                linear.weight.copy_(residual.apply(linear.weight.double() * gain))
-            weight.fill_(1.0 - family.norm_offset)
         if residual is not None and group.writes_residual:
             for linear in linears:
                 linear.weight.copy_(residual.apply(linear.weight.double().t()).t())
@@ -110,13 +103,29 @@ def rotate_block(
             attach_input_rotation(linear, rotation)
 
 
+def _rotate_readers(block: nn.Module, family: ModelFamily, residual: Rotation) -> None:
+    """Give what reads the residual stream behind a norm the norm's gain and the rotation."""
+    readers: dict[str, set[str]] = {}
+    for group in groups_of(block, family):
+        if group.fold_kind == "norm":
+            readers.setdefault(group.fold_into, set()).update((*group.linears, *group.readers))
+    for name, modules in readers.items():
+        norm = block.get_submodule(name)
+        if getattr(norm, "bias", None) is not None:
+            raise ModelError(f"{name} has a bias: the residual stream cannot be rotated")
+        gain = cast(nn.Parameter, norm.weight)
+        for weight in (cast(nn.Parameter, block.get_submodule(module).weight) for module in modules):
+            weight.copy_(residual.apply(weight.double() * (gain.double() + family.norm_offset)))
+        gain.fill_(1.0 - family.norm_offset)
+
+
 def stream_samples(
     block: nn.Module, family: ModelFamily, rotation: Rotation, group_size: int, rows: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Rows [rows, hidden] of a float block's linears that read the residual stream and columns [hidden, group_size] of
     those that write it, as the rotation's fixed part leaves them, float32."""
     readers, writers = [], []
-    for group in family.groups:
+    for group in groups_of(block, family):
         for linear in (linear_of(block, name) for name in group.linears):
             weight = linear.weight.detach().double()
             if group.fold_kind == "norm":
@@ -187,21 +196,22 @@ def solve_block(
     for group in reversed(groups):
         weight = stacked_weight(block, group)
         row_fold = stacked_fold(group, folds, weight.device)
+        folded = folds_text(group, recipe.rotations)
         problem = GroupProblem(
-            group.name,
+            group.role,
             weight,
             statistics[group.name],
             state.tokens.modalities,
             recipe,
             group.linears[0].grid,
             modality_weights(group.name),
-            text_realizer(block, family, group, config, dtype),
+            text_realizer(block, family, group, config, dtype) if folded else torch.ones_like,
             row_fold,
             learned.get(group.name),
             *terms(group, sum(added_bytes(s) for s in solutions.values())),
         )
         solution = solutions[group.name] = solve_group(problem)
-        if group.group.fold_kind != "norm":
+        if group.group.fold_kind != "norm" and folded:
             folds[group.group.fold_into] = fold_vector(block, group, solution.text_scale, config)
     return solutions, folds
 
@@ -221,11 +231,11 @@ def apply_solutions(
     sites: dict[str, Site] = {}
     for group in groups:
         solution = solutions[group.name]
-        if group.group.fold_kind == "norm":
+        if group.group.fold_kind == "norm" and folds_text(group, recipe.rotations):
             norm = cast(Tensor, block.get_submodule(group.group.fold_into).weight)
             norm.copy_(exact_norm_fold(norm.to(dtype), solution.text_scale, family.norm_offset)[0])
-        for name in group.kept:  # left in floating point: its input is divided by text's vector all the same
-            linear_of(block, name).weight.mul_(solution.text_scale)
+        for name in (*group.kept, *group.group.readers):  # in floating point: their input is divided all the same
+            cast(Tensor, block.get_submodule(name).weight).mul_(solution.text_scale)
     quantized = {linear.name for group in groups for linear in group.linears}
     for name, factor in folds.items():
         if name not in quantized:

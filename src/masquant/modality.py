@@ -96,6 +96,17 @@ class ModalityState:
         self.ids = ids
         self.has_media = ids is not None and (torch.compiler.is_compiling() or bool(ids.any()))
 
+    @contextmanager
+    def selected(self, rows: Tensor) -> Iterator[None]:
+        """Meanwhile the ids are those of the tokens `rows` [n] of the flattened batch, as an expert sees them."""
+        whole = self.ids
+        if whole is not None:
+            self.ids = whole.reshape(-1)[rows.to(whole.device)]
+        try:
+            yield
+        finally:
+            self.ids = whole
+
     def rows_for(self, x: Tensor) -> Tensor | None:
         """Modality ids, flattened [tokens], of the rows of `x` [..., features]; None if all are text.
 

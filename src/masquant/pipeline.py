@@ -258,9 +258,8 @@ class Calibration:
             raise DataError("no calibration sample has an answer or a text: nothing to measure gradients of")
         key = recipe.gradient.samples, recipe.seed
         if key not in self._gradients:
-            groups = family_of(model.config).groups
             self._gradients[key] = token_gradients(
-                model, groups, inputs, samples=key[0], seed=key[1], device=device, progress=progress
+                model, inputs, samples=key[0], seed=key[1], device=device, progress=progress
             )
         return self._gradients[key]
 

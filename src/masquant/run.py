@@ -21,20 +21,20 @@ from .allocation import Option, options_of
 from .block import apply_solutions, group_record, rotate_block, solve_block, stacked_fold, stacked_weight
 from .calibration.block_inputs import BlockInputs, HiddenStates
 from .calibration.gradients import TokenGradients
-from .calibration.statistics import GroupStatistics, collect_statistics
+from .calibration.statistics import FEW_TOKENS, GroupStatistics, collect_statistics
 from .checkpoint.format import Site, parse_site
 from .checkpoint.store import BlockStore
 from .errors import ModelError
 from .modality import Modality, ModalityState
-from .models import decoder_blocks, decoder_of, linear_of
-from .plan import GroupPlan, Plan, group_rotation, site_key
+from .models import decoder_blocks, decoder_of, experts_in, linear_of, linearize, token_rows
+from .plan import GroupPlan, Plan, folds_text, group_rotation, site_key
 from .progress import AbstractProgress
 from .recipe import Recipe
 from .refinement import refine_block
 from .runtime import MasquantLinear
 from .runtime.build import replace_group
 from .runtime.linear import Compensation
-from .smoothing.learned import TrialLinear, learn_vectors
+from .smoothing.learned import TrialLinear, learn_vectors, seen_ids
 from .smoothing.scales import smooth_scale
 from .solver import GroupSolution, added_bytes
 from .spending import UNLIMITED, Spending, loss_per_error
@@ -114,7 +114,10 @@ class Run:
     def prepare(self, index: int, *, copy: bool = False) -> nn.Module:
         """The block (or a copy) on the run's device, in float32 and rotated if the recipe says so."""
         block = decoder_blocks(self.model)[index]
-        block = (deepcopy(block) if copy else block).to(self.device).float()
+        block = linearize(deepcopy(block) if copy else block, self.plan.family).to(self.device).float()
+        experts = experts_in(block)
+        if experts is not None:
+            experts.state = self.state
         if self.recipe.rotations is not None:
             config = decoder_of(self.model).config
             rotations, learned = self.recipe.rotations, self.learned_rotation
@@ -152,6 +155,7 @@ class Run:
             "block": index,
             "groups": [group_record(g, solutions[g.name]) for g in groups],
             "error": self.advance(block, index, targets),
+            **routing_record(block, self.state.tokens.modalities),
             **learning,
             **refining,
         }
@@ -160,11 +164,11 @@ class Run:
         self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...]
     ) -> tuple[list[Tensor], dict[str, GroupStatistics]]:
         """The float block's outputs on the quantized chain, and statistics of its groups' inputs meanwhile."""
-        targets: list[Tensor] = []
+        targets: dict[int, Tensor] = {}
         inputs = self.inputs
 
         def forward(i: int) -> None:
-            targets.append(inputs.run(block, index, i, inputs.hidden[i], self.device).cpu())
+            targets[i] = inputs.run(block, index, i, inputs.hidden[i], self.device).cpu()
 
         batches = [
             (b.ids, b.mask, torch.tensor([name in self.held_back for name in b.samples])) for b in inputs.batches
@@ -179,7 +183,7 @@ class Run:
             self.recipe.needs_moments,
             self.token_weights(index),
         )
-        return targets, statistics
+        return [targets[i] for i in range(len(batches))], statistics
 
     def token_weights(self, index: int) -> dict[str, list[Tensor]] | None:
         """Weights of the tokens in the block's statistics, per group and batch."""
@@ -279,7 +283,8 @@ class Run:
         args = self.recipe.smoothing.learned
         if args is None:
             return {}, {}
-        smoothed = [g for g in groups if g.name in self.recipe.smoothing.groups]
+        roles, rotations = self.recipe.smoothing.groups, self.recipe.rotations
+        smoothed = [g for g in groups if g.role in roles and folds_text(g, rotations)]
         initial = {}
         for group in smoothed:
             merged = statistics[group.name].merged()
@@ -291,7 +296,12 @@ class Run:
 
         def trials(theta: Mapping[str, Tensor], ids: Any) -> dict[str, nn.Module]:
             return {
-                p.name: TrialLinear(linear_of(block, p.name), theta.get(g.name), (bits[0], p.group_size, bits[1]), ids)
+                p.name: TrialLinear(
+                    linear_of(block, p.name),
+                    theta.get(g.name),
+                    (bits[0], p.group_size, bits[1]),
+                    seen_ids(ids, token_rows(block, p.name)),
+                )
                 for g in groups
                 for p in g.linears
             }
@@ -412,6 +422,24 @@ class Run:
             added = (g["bytes"]["smooth_scale"] + g["bytes"]["compensation"] for g in record["groups"])
             self.spending.left -= sum(added)
         return record
+
+
+def routing_record(block: nn.Module, modalities: Sequence[Modality]) -> dict[str, Any]:
+    """How many calibration tokens of each modality the block's experts got, and which of them had so few that they
+    were fitted to the tokens of all experts; nothing for a block without experts."""
+    experts = experts_in(block)
+    if experts is None or experts.counts is None:
+        return {}
+    counts, present = experts.counts, experts.counts.sum(0) > 0
+    shared = (counts < FEW_TOKENS) & present
+    return {
+        "experts": {
+            "tokens": {m.value: counts[:, row].tolist() for row, m in enumerate(modalities)},
+            "fitted_to_all_tokens": {
+                m.value: shared[:, row].nonzero().flatten().tolist() for row, m in enumerate(modalities)
+            },
+        }
+    }
 
 
 def _site_dicts(sites: Mapping[str, Site], index: int) -> dict[str, Any]:

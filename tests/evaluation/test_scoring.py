@@ -26,6 +26,7 @@ from masquant.evaluation.scoring import (
     sample_scores,
     token_scores,
 )
+from masquant.models import core_of
 
 FAMILY = "qwen2_5_omni"
 
@@ -47,7 +48,7 @@ def wanted_logits(model: Any, batch: EncodedBatch) -> Tensor:
 def test_only_the_answers_are_projected(family: str, tmp_path: Path) -> None:
     model, encoder, samples = loaded(family, tmp_path)
     shapes: list[tuple[int, ...]] = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda *a: shapes.append(tuple(a[2].shape)))
+    hook = core_of(model).get_output_embeddings().register_forward_hook(lambda *a: shapes.append(tuple(a[2].shape)))
     _, batches = group_batches(encoder, samples, 3)
     for batch in batches:
         found = answer_logits(model, batch)

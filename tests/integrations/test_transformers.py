@@ -22,7 +22,7 @@ from masquant.calibration.encoding import SampleEncoder
 from masquant.errors import CheckpointError, ModelError
 from masquant.integrations.transformers import quantized_linears, state_of
 from masquant.modality import modality_ids
-from masquant.models import core_of, decoder_blocks, family_of
+from masquant.models import core_of, decoder_blocks, family_of, groups_of, linearize
 from masquant.recipe import CompensationArgs, Recipe
 
 OWN_VECTORS = {"selection": None, "compensation": CompensationArgs(rank=4)}
@@ -83,8 +83,9 @@ def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 
 def test_round_trip_is_bit_exact(case: Case) -> None:
     loaded = masquant.load(case.folder)
-    linears = sum(len(group.linears) for group in family_of(loaded.config).groups)
-    assert len(quantized_linears(loaded)) == linears * len(decoder_blocks(loaded))
+    family, blocks = family_of(loaded.config), decoder_blocks(loaded)
+    linears = sum(len(group.linears) for block in blocks for group in groups_of(block, family))
+    assert len(quantized_linears(loaded)) == linears
     assert loaded.dtype == torch.float32
     ours, theirs = case.model.state_dict(), loaded.state_dict()
     assert set(ours) == set(theirs)
@@ -145,7 +146,7 @@ def test_full_rank_at_16_bits_equals_float(request: pytest.FixtureRequest, case:
 def on_grid(model: PreTrainedModel) -> PreTrainedModel:
     """Every decoder linear rounded to -7..7 times a power of two per row, each row reaching 7."""
     for block in decoder_blocks(model):
-        for module in block.modules():
+        for module in linearize(block, family_of(model.config)).modules():
             if isinstance(module, torch.nn.Linear):
                 scale = 2.0 ** (module.weight.abs().amax(1, keepdim=True) / 7).log2().ceil()
                 q = (module.weight / scale).round().clamp(-7, 7)

@@ -23,7 +23,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from ..models import LinearGroup, core_of, decoder_blocks, decoder_of
+from ..models import (
+    LinearGroup,
+    ModelFamily,
+    core_of,
+    decoder_blocks,
+    decoder_of,
+    family_of,
+    groups_of,
+    linearize,
+    token_rows,
+)
 from ..progress import AbstractProgress
 from .block_inputs import BlockInputs
 
@@ -65,8 +75,8 @@ class TokenGradients:
         return [max(mean / largest, 1e-3) if largest > 0 else 1.0 for mean in means]
 
 
-def _float_copy(block: nn.Module, device: torch.device) -> nn.Module:
-    return copy.deepcopy(block).float().to(device).requires_grad_(False)
+def _float_copy(block: nn.Module, family: ModelFamily, device: torch.device) -> nn.Module:
+    return linearize(copy.deepcopy(block), family).float().to(device).requires_grad_(False)
 
 
 def _logit_directions(
@@ -99,13 +109,13 @@ def _block_gradients(
     directions: list[Tensor],
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Directions at the block's input, and squared gradient norms per group [batch, tokens]."""
-    outputs: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+    outputs: dict[str, list[tuple[Tensor, Tensor | None]]] = {group.name: [] for group in groups}
 
-    def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda _module, _args, output: outputs[name].append(output)
+    def keep(name: str, rows: Callable[[], Tensor | None]) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _args, output: outputs[name].append((output, rows()))
 
     handles = [
-        block.get_submodule(linear).register_forward_hook(keep(group.name))
+        block.get_submodule(linear).register_forward_hook(keep(group.name, token_rows(block, linear)))
         for group in groups
         for linear in group.linears
     ]
@@ -116,23 +126,23 @@ def _block_gradients(
     finally:
         for handle in handles:
             handle.remove()
-    flat = [(name, y) for name, ys in outputs.items() for y in ys]
+    flat = [(name, y, rows) for name, ys in outputs.items() for y, rows in ys]
     squared = {group.name: torch.zeros(hidden.shape[:2], device=hidden.device) for group in groups}
     earlier = []
     for k, direction in enumerate(directions):
         found = torch.autograd.grad(
-            output, [leaf, *(y for _, y in flat)], direction, retain_graph=k + 1 < len(directions)
+            output, [leaf, *(y for _, y, _ in flat)], direction, retain_graph=k + 1 < len(directions)
         )
         earlier.append(found[0])
-        for (name, _), gradient in zip(flat, found[1:], strict=True):
-            squared[name] += gradient.square().sum(-1).reshape(hidden.shape[:2]) / len(directions)
+        for (name, _, rows), gradient in zip(flat, found[1:], strict=True):
+            norms, total = gradient.square().sum(-1).flatten() / len(directions), squared[name].view(-1)
+            total.index_add_(0, torch.arange(len(total), device=total.device) if rows is None else rows, norms)
     return earlier, squared
 
 
 @torch.no_grad()
 def token_gradients(
     model: PreTrainedModel,
-    groups: Sequence[LinearGroup],
     inputs: BlockInputs,
     *,
     samples: int,
@@ -144,7 +154,6 @@ def token_gradients(
 
     Args:
         model: in floating point.
-        groups: of its blocks.
         inputs: captured; its hidden states are those before the first block, and stay.
         samples: random directions per batch.
         seed: of the directions.
@@ -154,23 +163,24 @@ def token_gradients(
     Raises:
         ModelError: the gradients are not finite.
     """
-    blocks = decoder_blocks(model)
-    squared: list[dict[str, list[Tensor]]] = [{group.name: [] for group in groups} for _ in blocks]
+    blocks, family = decoder_blocks(model), family_of(model.config)
+    groups = [groups_of(block, family) for block in blocks]
+    squared: list[dict[str, list[Tensor]]] = [{group.name: [] for group in found} for found in groups]
     generator = torch.Generator().manual_seed(seed)
     indices = range(len(inputs.batches))
     for i in progress.track(indices, "measuring gradients", len(indices), "batch"):
         states = [inputs.hidden[i].to(device)]
         for index, block in enumerate(blocks):
-            states.append(inputs.run(_float_copy(block, device), index, i, states[-1], device))
+            states.append(inputs.run(_float_copy(block, family, device), index, i, states[-1], device))
         directions = _logit_directions(model, states.pop(), inputs.batches[i].answers, samples, generator)
         for index in reversed(range(len(blocks))):
-            block = _float_copy(blocks[index], device)
+            block = _float_copy(blocks[index], family, device)
             hidden = states.pop()
 
             def run(x: Tensor, block: nn.Module = block, index: int = index, i: int = i) -> Tensor:
                 return inputs.run(block, index, i, x, device)
 
-            directions, found = _block_gradients(block, groups, run, hidden, directions)
+            directions, found = _block_gradients(block, groups[index], run, hidden, directions)
             for name, values in found.items():
                 if not bool(values.isfinite().all()):
                     raise ModelError(f"layers.{index}: the answers' gradient at {name} is not finite")

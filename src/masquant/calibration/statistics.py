@@ -3,6 +3,9 @@
 
 Products in float32; sums in float64 up to `_DOUBLE_LIMIT` channels, beyond that in float32 to bound memory. Padding
 never counts. Samples held back contribute their tokens (a bounded number) but no statistics.
+
+An expert's statistics are those of the tokens routed to it. Of a modality of which it got too few, it is shown the
+tokens of all experts.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..models import LinearExperts, experts_in, token_rows
+
 _DOUBLE_LIMIT = 4096
 HELD_TOKENS = 512  # per modality and group
+FEW_TOKENS = 64  # of a modality, below which an expert is fitted to the tokens of all experts
 
 
 @dataclass
@@ -136,26 +142,68 @@ def collect_statistics(
     """
     statistics: dict[str, GroupStatistics] = {}
     current = [0]
+    experts = experts_in(block)
+    few = None if experts is None else count_routed(experts, batches, forward, modalities) < FEW_TOKENS
 
-    def hook(group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(group: str, rows: Callable[[], Tensor | None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
+            x, seen = args[0].detach().flatten(0, -2), rows()
             ids, mask, held_back = (t.to(x.device) for t in batches[current[0]])
-            held = held_back[:, None].expand_as(mask)
+            parts = [ids.flatten(), held_back[:, None].expand_as(mask).flatten()]
+            parts += [weights[group][current[0]].to(x.device).flatten()] if weights else []
+            mask = mask.flatten()
+            if seen is not None:
+                mask, parts = mask[seen], [part[seen] for part in parts]
             if group not in statistics:
                 statistics[group] = GroupStatistics.empty(modalities, x.shape[-1], x.device, with_moment)
-            x = x.reshape(*mask.shape, x.shape[-1])
-            weight = weights[group][current[0]].to(x.device)[mask] if weights else None
-            statistics[group].update(x[mask], ids[mask], held[mask], weight)
+            statistics[group].update(x[mask], *(part[mask] for part in parts))
 
         return observe
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook(group)) for group, name in leaders.items()]
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(hook(group, token_rows(block, name)))
+        for group, name in leaders.items()
+    ]
+    try:
+        for i in range(len(batches)):
+            current[0] = i
+            if experts is not None and few is not None:
+                ids, mask, _ = batches[i]
+                experts.shown = few[:, ids.flatten().long().to(few.device)] & mask.flatten().to(few.device)
+            forward(i)
+    finally:
+        for handle in handles:
+            handle.remove()
+        if experts is not None:
+            experts.shown = None
+    return statistics
+
+
+def count_routed(
+    experts: LinearExperts,
+    batches: Sequence[tuple[Tensor, Tensor, Tensor]],
+    forward: Callable[[int], None],
+    modalities: int,
+) -> Tensor:
+    """Tokens of each modality that are routed to each expert, integer [experts, modalities]; also left in `counts`.
+
+    Arguments as in `collect_statistics`.
+    """
+    counts: list[Tensor] = []
+    current = [0]
+
+    def count(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        chosen = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+        ids, mask = (t.flatten().to(chosen.device) for t in batches[current[0]][:2])
+        routed = torch.stack([(chosen == number).any(-1) & mask for number in range(len(experts))])
+        counts.append(torch.stack([(routed & (ids == m)).sum(1) for m in range(modalities)], 1))
+
+    handle = experts.register_forward_pre_hook(count, with_kwargs=True)
     try:
         for i in range(len(batches)):
             current[0] = i
             forward(i)
     finally:
-        for handle in handles:
-            handle.remove()
-    return statistics
+        handle.remove()
+    experts.counts = torch.stack(counts).sum(0)
+    return experts.counts

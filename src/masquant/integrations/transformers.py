@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoint.format import QUANT_METHOD, CheckpointFormat, Site, TensorSpec, expected_tensors, parse_format
 from ..errors import CheckpointError, ModelError
 from ..modality import ModalityState, attach_routing
-from ..models import decoder_blocks, decoder_of, family_of, modality_tokens_of
+from ..models import decoder_blocks, decoder_of, experts_in, family_of, linearize, modality_tokens_of
 from ..plan import GroupPlan, group_rotation, plan_block, site_key
 from ..runtime import MasquantLinear
 from ..runtime.build import replace_group
@@ -128,6 +128,9 @@ def build_quantized_shell(
     plans: list[tuple[GroupPlan, ...]] = []
     used: set[str] = set()
     for index, block in enumerate(decoder_blocks(model)):
+        experts = experts_in(linearize(block, family))
+        if experts is not None:
+            experts.state = state
         groups = plan_block(block, index, family, checkpoint.ignore, checkpoint.weights_of)
         for group in groups:
             site = checkpoint.sites.get(site_key(index, group.name), Site())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import reduce
 from typing import Any, cast
 
@@ -24,21 +25,37 @@ from . import (
     qwen2_5_vl,
     qwen2_audio,
     qwen2_vl,
+    qwen3_omni_moe,
     qwen3_vl,
+    qwen3_vl_moe,
     smolvlm,
+)
+from .experts import (
+    EXPERT_LINEARS,
+    LinearExperts,
+    experts_in,
+    fused_linear,
+    linearize_experts,
+    number_of_experts,
+    token_rows,
 )
 from .family import LinearGroup, ModelFamily
 
 __all__ = [
     "FAMILIES",
+    "LinearExperts",
     "LinearGroup",
     "ModelFamily",
     "core_of",
     "decoder_blocks",
     "decoder_of",
+    "experts_in",
     "family_of",
+    "groups_of",
     "linear_of",
+    "linearize",
     "modality_tokens_of",
+    "token_rows",
 ]
 
 FAMILIES: tuple[ModelFamily, ...] = tuple(
@@ -46,7 +63,9 @@ FAMILIES: tuple[ModelFamily, ...] = tuple(
     for module in (
         qwen2_5_omni_full,
         qwen2_5_omni,
+        qwen3_omni_moe,
         qwen3_vl,
+        qwen3_vl_moe,
         qwen2_5_vl,
         qwen2_vl,
         llava,
@@ -130,8 +149,32 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     return list(cast(nn.ModuleList, decoder_of(model).layers))
 
 
+def groups_of(block: nn.Module, family: ModelFamily) -> tuple[LinearGroup, ...]:
+    """The linear groups of one block: the family's, with those of each expert where the block has experts."""
+    count = number_of_experts(block, family.experts) if family.experts else 0
+    if not count:
+        return family.groups
+    replaced = {group.role for group in family.expert_groups}
+    shared = tuple(group for group in family.groups if group.role not in replaced)
+
+    def of_expert(group: LinearGroup, number: int) -> LinearGroup:
+        linears = tuple(name.format(number) for name in group.linears)
+        return replace(
+            group, name=group.name.format(number), linears=linears, fold_into=group.fold_into.format(number)
+        )
+
+    return shared + tuple(of_expert(g, number) for number in range(count) for g in family.expert_groups)
+
+
+def linearize(block: nn.Module, family: ModelFamily) -> nn.Module:
+    """The block itself, its fused experts (if it has any) replaced by linear ones; it computes the same."""
+    if family.experts:
+        linearize_experts(block, family.experts)
+    return block
+
+
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
-    """The linear `name` of a block.
+    """The linear `name` of a block; of fused experts a view on their weight.
 
     Raises:
         ModelError: it does not exist or is no `nn.Linear`.
@@ -139,6 +182,10 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
     try:
         module = block.get_submodule(name)
     except AttributeError as error:
+        container, _, local = name.rpartition(".")
+        container, _, number = container.rpartition(".")
+        if number.isdecimal() and local in EXPERT_LINEARS and number_of_experts(block, container) > int(number):
+            return fused_linear(block, container, int(number), local)
         raise ModelError(f"{type(block).__name__} has no module {name}") from error
     if not isinstance(module, nn.Linear):
         raise ModelError(

@@ -16,12 +16,15 @@ class LinearGroup:
     """Linears of one block that are fed by one input and so share `smooth_scale` and the patch's `a`.
 
     Attributes:
-        name: `qkv`, `o`, `gate_up` or `down`.
+        name: `qkv`, `o`, `gate_up` or `down`; before it, with a dot, the expert that the group belongs to.
         linears: module names inside the block, in the order in which the block calls them.
         fold_into: module whose output feeds the group and takes text's smoothing vector, so that text pays nothing.
         fold_kind: `norm` divides the norm's weight; `rows` divides the rows (and bias) of a linear; `heads` likewise
             where each of its heads feeds several query heads (grouped-query attention).
         writes_residual: whether its outputs are added to the residual stream (which `norm` groups read).
+        folds_text: whether text's vector can be folded there; if not, the group has none for text.
+        readers: modules with a weight [.., hidden] that stay in floating point and read what the norm `fold_into`
+            gives, such as the router of experts.
         fused: `fold_into` is one linear for several things, of which only the last rows feed the group.
     """
 
@@ -30,7 +33,14 @@ class LinearGroup:
     fold_into: str
     fold_kind: Literal["norm", "rows", "heads"]
     writes_residual: bool = False
+    folds_text: bool = True
+    readers: tuple[str, ...] = ()
     fused: bool = False
+
+    @property
+    def role(self) -> str:
+        """`qkv`, `o`, `gate_up` or `down`."""
+        return self.name.rpartition(".")[2]
 
 
 LLAMA_GROUPS = (
@@ -38,6 +48,20 @@ LLAMA_GROUPS = (
     LinearGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads", writes_residual=True),
     LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "norm"),
     LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows", writes_residual=True),
+)
+
+EXPERT_GROUPS = (  # one norm feeds all experts and the router, so it cannot take each expert's vector
+    LinearGroup(
+        "experts.{}.gate_up",
+        ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
+        "post_attention_layernorm",
+        "norm",
+        folds_text=False,
+        readers=("mlp.gate",),
+    ),
+    LinearGroup(
+        "experts.{}.down", ("mlp.experts.{}.down_proj",), "mlp.experts.{}.up_proj", "rows", writes_residual=True
+    ),
 )
 
 GEMMA_GROUPS = (  # norms follow attention and MLP, so what these write is not what the stream gets
@@ -60,6 +84,9 @@ class ModelFamily:
         encoders: module names (below the model or its inner model) that stay unquantized.
         example: a hub id for the documentation.
         groups: the decoder block's linear groups.
+        experts: the module of a block that holds its experts, if blocks have any.
+        expert_groups: the groups of one expert, `{}` for its number; in a block that has experts they replace those of
+            `groups` with the same roles.
         core: the submodule that is the multimodal language model, where the whole model is more; what its config is
             called is this and `_config`. The rest stays unquantized.
         norm_offset: what the norms before linears add to their weight before they multiply with it.
@@ -77,6 +104,8 @@ class ModelFamily:
     encoders: tuple[str, ...]
     example: str
     groups: tuple[LinearGroup, ...] = field(default=LLAMA_GROUPS)
+    experts: str = ""
+    expert_groups: tuple[LinearGroup, ...] = ()
     core: str = ""
     norm_offset: float = 0.0
     unrotated: str = ""
