@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_files, tiny_model, tiny_processor, tiny_samples
 from torch import Tensor
+from typer.testing import CliRunner
 
 import masquant
 from masquant.api import save
 from masquant.block import fold_vector, text_realizer
 from masquant.calibration.encoding import SampleEncoder
+from masquant.cli import app
 from masquant.integrations.transformers import quantized_linears
 from masquant.models import core_of, decoder_blocks, decoder_of, linearize
+from masquant.models.table import family_rows, family_table
 from masquant.plan import folds_text, make_plan
 from masquant.recipe import Recipe
 from masquant.smoothing.scales import exact_norm_fold
@@ -79,3 +83,18 @@ def test_the_whole_model_speaks(tmp_path: Path) -> None:
     alone = core_of(loaded).generate(**inputs, max_new_tokens=4)
     assert torch.equal(text, alone)
     assert sound.dim() == 1 and len(sound) > 0 and bool(sound.isfinite().all())
+
+
+def test_the_readme_has_the_table_of_families() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"<!-- printed by `masquant families` -->\n{family_table()}\n<!-- end -->" in readme
+    shown = CliRunner().invoke(app, ["families", "--json"])
+    assert shown.exit_code == 0 and json.loads(shown.stdout) == family_rows()
+    assert CliRunner().invoke(app, ["families"]).stdout.strip() == family_table()
+
+
+def test_every_description_is_short() -> None:
+    folder = Path(masquant.__file__).parent / "models"
+    for module in folder.glob("*.py"):
+        if module.name not in ("__init__.py", "family.py", "experts.py", "table.py"):
+            assert len(module.read_text().splitlines()) < 40, module.name
