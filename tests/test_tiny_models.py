@@ -157,7 +157,7 @@ def test_generate_starts_with_the_likeliest_token(family: str, tmp_path: Path) -
 def test_stock_transformers_loads_what_was_saved(family: str, tmp_path: Path) -> None:
     folder, samples = tiny_files(family, tmp_path / "model"), tiny_samples(family, tmp_path / "data", count=4)
     model_of(family).save_pretrained(folder)
-    processor_of(family).save_pretrained(folder)
+    tiny_processor(family).save_pretrained(folder)
     if family in WITHOUT_REPORT:
         loaded = AutoModelForMultimodalLM.from_pretrained(folder)
     else:
@@ -180,7 +180,7 @@ def test_weights_are_reproducible_and_none_is_trivial(family: str) -> None:
         assert torch.equal(parameter, again[name]) and not torch.equal(parameter, other[name]), name
     model = core_of(model_of(family))
     assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
-    assert len(model.get_decoder().layers) == 2
+    assert len(model.get_decoder().layers) == model.get_decoder().config.num_hidden_layers
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -198,6 +198,28 @@ def _gemma3_config(ids: TokenIds) -> dict[str, Any]:
     }
 
 
+def _gemma4_config(ids: TokenIds, **changes: Any) -> dict[str, Any]:
+    layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16}
+    layers |= {"head_dim": 16, "global_head_dim": 32, "vocab_size_per_layer_input": VOCAB_SIZE}
+    layers |= {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+    vision = _WIDTHS | {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    vision |= {"pooling_kernel_size": 2, "patch_size": PATCH, "position_embedding_size": 64}
+    audio = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "output_proj_dims": 32}
+    return {
+        "text_config": _text_config(ids, **(layers | changes)),
+        "vision_config": vision,
+        "audio_config": audio | {"subsampling_conv_channels": [128, 4]},
+        "image_token_id": ids["image_token"],
+        "video_token_id": ids["video"],
+        "audio_token_id": ids["audio_token"],
+        "boi_token_id": ids["boi_token"],
+        "eoi_token_id": ids["eoi_token"],
+        "boa_token_id": ids["boa_token"],
+        "eoa_token_index": ids["eoa_token"],
+        "tie_word_embeddings": False,
+    }
+
+
 def _smolvlm_config(ids: TokenIds) -> dict[str, Any]:
     return {
         "text_config": _text_config(ids, model_type="llama"),
@@ -248,6 +270,15 @@ def _phi4_components() -> dict[str, Any]:
 def _gemma3_components() -> dict[str, Any]:
     size = {"height": _SIDE, "width": _SIDE}
     return {"image_processor": hf.Gemma3ImageProcessor(size=size, do_convert_rgb=True), "image_seq_length": 4}
+
+
+def _gemma4_components() -> dict[str, Any]:
+    patches = {"patch_size": PATCH, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    return {
+        "feature_extractor": hf.Gemma4AudioFeatureExtractor(),
+        "image_processor": hf.Gemma4ImageProcessor(**patches),
+        "video_processor": hf.Gemma4VideoProcessor(num_frames=2, **patches),
+    }
 
 
 def _smolvlm_components() -> dict[str, Any]:
@@ -352,6 +383,14 @@ _GEMMA_TEMPLATE = (
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<start_of_image>' }}"
     "{% elif part['type'] == 'text' %}{{ part['text'] | trim }}{% endif %}{% endfor %}{{ '<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+_GEMMA4_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|turn>' + message['role'].replace('assistant', 'model') + '\n' }}"
+    "{% for part in message['content'] %}{% if part['type'] in ('image', 'audio', 'video') %}"
+    "{{ '<|' + part['type'] + '|>' }}{% elif part['type'] == 'text' %}{{ part['text'] | trim }}{% endif %}{% endfor %}"
+    "{{ '<turn|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"
 )
 
 _SMOLVLM_TEMPLATE = (
@@ -480,6 +519,18 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         config=_gemma3_config,
         processor_class=hf.Gemma3Processor,
         components=_gemma3_components,
+    ),
+    "gemma4": TinyFamily(
+        media=("image", "video", "audio"),
+        special_tokens={"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+        | {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>", "video": "<|video|>"}
+        | {"boa_token": "<|audio>", "eoa_token": "<audio|>", "audio_token": "<|audio|>"}
+        | {"turn_start": "<|turn>", "turn_end": "<turn|>"},
+        chat_template=_GEMMA4_TEMPLATE,
+        model_class=hf.Gemma4ForConditionalGeneration,
+        config=_gemma4_config,
+        processor_class=hf.Gemma4Processor,
+        components=_gemma4_components,
     ),
     "smolvlm": TinyFamily(
         media=("image", "video"),

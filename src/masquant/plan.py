@@ -192,6 +192,7 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
             raise RecipeError(f"ignore pattern {pattern!r} matches none of the linears, such as {names[0]!r}")
     for index, block in enumerate(blocks):
         known = {name for group in groups_of(block, family) for name in (*group.linears, *group.readers)}
+        known.update(family.kept)
         stray = [n for n, m in block.named_modules() if isinstance(m, nn.Linear) and n not in known]
         if stray:
             raise ModelError(f"layers.{index}.{stray[0]} belongs to no linear group of {family.title}")

@@ -21,10 +21,11 @@ from masquant.errors import DataError
 
 # What the family's template writes after an answer, without trailing white space
 ENDING = dict.fromkeys(FAMILIES, "<|im_end|>") | {"llava": "", "gemma3": "<end_of_turn>", "mistral3": "</s>"}
-ENDING |= {"smolvlm": "<end_of_utterance>", "phi4_multimodal": "<|end|>"}
+ENDING |= {"smolvlm": "<end_of_utterance>", "phi4_multimodal": "<|end|>", "gemma4": "<turn|>"}
 
 PER_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
-PADDED = {"audio_input_features", "audio_attention_mask"}  # to the longest of the batch
+PADDED = {"phi4_multimodal": {"audio_input_features", "audio_attention_mask"}}  # to the longest of the batch
+PADDED["gemma4"] = {"input_features", "input_features_mask"}
 PER_SAMPLE = {"smolvlm": {"pixel_values", "pixel_attention_mask"}}  # padded to the sample with most pictures
 
 
@@ -212,7 +213,7 @@ def test_a_batch_holds_what_its_samples_hold_alone(family: str) -> None:
             assert torch.equal(batch.inputs[name][row, -length:], one.inputs[name][0])
         for name in PER_SAMPLE.get(family, set()) & set(one.inputs):
             assert torch.equal(batch.inputs[name][row, : one.inputs[name].shape[1]], one.inputs[name][0])
-    for name in set(batch.inputs) - PER_TOKEN - PADDED - PER_SAMPLE.get(family, set()):
+    for name in set(batch.inputs) - PER_TOKEN - PADDED.get(family, set()) - PER_SAMPLE.get(family, set()):
         parts = [one.inputs[name] for one in alone if name in one.inputs]
         if parts and name != "batch_num_images":
             assert torch.equal(batch.inputs[name], torch.cat(parts)), name
@@ -248,9 +249,11 @@ def test_a_beginning_of_sequence_token_comes_once() -> None:
 
 def test_padding_side_is_restored(family: str) -> None:
     encoder = SampleEncoder(tiny_processor(family))
+    unused = encoder.tokenizer.backend_tokenizer.to_str()
     encoder.tokenizer.padding_side = "right"
     batch = encoder.encode([conversation(), conversation(id="2", prompt="What is it then?")], with_answer=False)
     assert batch.inputs["attention_mask"][:, -1].all() and not batch.inputs["attention_mask"][:, 0].all()
+    assert encoder.tokenizer.backend_tokenizer.to_str() == unused
     with pytest.raises(DataError):
         encoder.encode([conversation(image=Path("gone.png"), audio=Path("gone.wav"))])
     assert encoder.tokenizer.padding_side == "right"

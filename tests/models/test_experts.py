@@ -147,11 +147,28 @@ def test_ids_follow_the_tokens_of_each_expert() -> None:
     state = ModalityState(tokens)
     ids = torch.tensor([[0, 1, 1], [1, 0, 1]], dtype=torch.uint8)
     state.set(ids)
-    with state.selected(torch.tensor([0, 2, 3])):
+    with state.selected(torch.tensor([0, 2, 3]), 6):
         assert state.rows_for(torch.zeros(3, 8)).tolist() == [0, 1, 1]
         with pytest.raises(ModelError, match="cannot route"):
             state.rows_for(torch.zeros(4, 8))
     assert state.ids is ids
+
+
+def test_blocks_that_get_the_last_tokens_only() -> None:
+    vision = masquant.Modality.VISION
+    for allowed in (False, True):
+        state = ModalityState(ModalityTokens((masquant.Modality.TEXT, vision), {vision: (7,)}, allowed))
+        state.set(torch.tensor([[0, 1, 1], [1, 1, 0]], dtype=torch.uint8))
+        if not allowed:
+            with pytest.raises(ModelError, match="cannot route"):
+                state.rows_for(torch.zeros(2, 1, 8))
+            continue
+        assert state.rows_for(torch.zeros(2, 1, 8)).tolist() == [1, 0]
+        assert state.rows_for(torch.zeros(2, 2, 8)).tolist() == [1, 1, 1, 0]
+        with state.selected(torch.tensor([1, 3]), 4):
+            assert state.rows_for(torch.zeros(2, 8)).tolist() == [1, 0]
+        with pytest.raises(ModelError, match="cannot route"):
+            state.rows_for(torch.zeros(1, 3, 8))
 
 
 def test_report_and_checkpoint_of_experts(tmp_path: Path) -> None:

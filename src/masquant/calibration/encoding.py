@@ -290,11 +290,16 @@ class SampleEncoder:
 
     @contextmanager
     def _left_padding(self) -> Iterator[None]:
+        """Padding on the left; afterwards the tokenizer is as it was, as it may be saved with the model."""
         side, self.tokenizer.padding_side = self.tokenizer.padding_side, "left"
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        padding = None if backend is None else backend.padding
         try:
             yield
         finally:
             self.tokenizer.padding_side = side
+            if backend is not None:
+                backend.no_padding() if padding is None else backend.enable_padding(**padding)
 
 
 def group_batches(

@@ -7,7 +7,8 @@ in a quadratic loss of that linear. g is the gradient of z^T logits at the answe
 p the model's own probabilities: no label is needed, and one backward pass serves all answer tokens of a sample.
 
 Two passes over the blocks, one block in memory at a time: forward, keeping every block's input; then backwards, each
-block run once more with gradients.
+block run once more with gradients. Keys and values that a block takes from an earlier one, as some models do, count
+as given.
 """
 
 from __future__ import annotations

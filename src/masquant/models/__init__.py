@@ -15,6 +15,7 @@ from ..errors import ModelError
 from ..modality import Modality, ModalityTokens
 from . import (
     gemma3,
+    gemma4,
     internvl,
     llava,
     llava_onevision,
@@ -71,6 +72,7 @@ FAMILIES: tuple[ModelFamily, ...] = tuple(
         llava,
         llava_onevision,
         gemma3,
+        gemma4,
         smolvlm,
         internvl,
         mistral3,
@@ -117,7 +119,7 @@ def modality_tokens_of(config: PretrainedConfig, modalities: Iterable[Modality] 
         if not found:
             raise ModelError(f"the config of {config.model_type} sets none of {', '.join(fields)}")
         token_ids[modality] = found
-    return ModalityTokens(chosen, token_ids)
+    return ModalityTokens(chosen, token_ids, family.last_tokens)
 
 
 def _field(config: Any, path: str) -> Any:
@@ -152,10 +154,11 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
 def groups_of(block: nn.Module, family: ModelFamily) -> tuple[LinearGroup, ...]:
     """The linear groups of one block: the family's, with those of each expert where the block has experts."""
     count = number_of_experts(block, family.experts) if family.experts else 0
-    if not count:
-        return family.groups
-    replaced = {group.role for group in family.expert_groups}
-    shared = tuple(group for group in family.groups if group.role not in replaced)
+    shared = tuple(
+        replace(group, linears=tuple(n for n in group.linears if n not in group.optional or _has(block, n)))
+        for group in family.groups
+        if not count or any(_has(block, name) for name in group.linears)
+    )
 
     def of_expert(group: LinearGroup, number: int) -> LinearGroup:
         linears = tuple(name.format(number) for name in group.linears)
@@ -164,6 +167,14 @@ def groups_of(block: nn.Module, family: ModelFamily) -> tuple[LinearGroup, ...]:
         )
 
     return shared + tuple(of_expert(g, number) for number in range(count) for g in family.expert_groups)
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    try:
+        block.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def linearize(block: nn.Module, family: ModelFamily) -> nn.Module:

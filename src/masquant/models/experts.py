@@ -70,7 +70,7 @@ class LinearExperts(nn.ModuleList):
                 self.rows = seen.nonzero().squeeze(1)
                 if not len(self.rows):
                     continue
-                with nullcontext() if self.state is None else self.state.selected(self.rows):
+                with nullcontext() if self.state is None else self.state.selected(self.rows, len(hidden_states)):
                     y = expert(hidden_states[self.rows])
                 weights = (top_k_weights * routed).sum(-1)[self.rows, None]
                 output = output.index_add(0, self.rows, (y * weights).to(output.dtype))

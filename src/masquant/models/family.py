@@ -20,21 +20,24 @@ class LinearGroup:
         linears: module names inside the block, in the order in which the block calls them.
         fold_into: module whose output feeds the group and takes text's smoothing vector, so that text pays nothing.
         fold_kind: `norm` divides the norm's weight; `rows` divides the rows (and bias) of a linear; `heads` likewise
-            where each of its heads feeds several query heads (grouped-query attention).
+            where each of its heads feeds several query heads (grouped-query attention); `none` where nothing can be
+            divided exactly.
         writes_residual: whether its outputs are added to the residual stream (which `norm` groups read).
         folds_text: whether text's vector can be folded there; if not, the group has none for text.
         readers: modules with a weight [.., hidden] that stay in floating point and read what the norm `fold_into`
             gives, such as the router of experts.
+        optional: those of `linears` that some blocks lack.
         fused: `fold_into` is one linear for several things, of which only the last rows feed the group.
     """
 
     name: str
     linears: tuple[str, ...]
     fold_into: str
-    fold_kind: Literal["norm", "rows", "heads"]
+    fold_kind: Literal["norm", "rows", "heads", "none"]
     writes_residual: bool = False
     folds_text: bool = True
     readers: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     fused: bool = False
 
     @property
@@ -85,14 +88,16 @@ class ModelFamily:
         example: a hub id for the documentation.
         groups: the decoder block's linear groups.
         experts: the module of a block that holds its experts, if blocks have any.
-        expert_groups: the groups of one expert, `{}` for its number; in a block that has experts they replace those of
-            `groups` with the same roles.
+        expert_groups: the groups of one expert, `{}` for its number. A block that has experts may lack the linears of
+            other groups.
+        kept: linears of a block that stay unquantized.
         core: the submodule that is the multimodal language model, where the whole model is more; what its config is
             called is this and `_config`. The rest stays unquantized.
         norm_offset: what the norms before linears add to their weight before they multiply with it.
         unrotated: why the residual stream cannot be rotated exactly, if it cannot.
         stream_inputs: keyword arguments of the decoder's forward that it adds to the residual stream between blocks.
         mixes_media: whether samples with different media may share a batch without changing each other.
+        last_tokens: whether some blocks get only the last tokens of each sample when text is generated.
         side_file: a method of the model and the file that it must read after the weights; the class's own
             from_pretrained does so too, but cannot say what it loaded.
         remark: what a user should know.
@@ -106,11 +111,13 @@ class ModelFamily:
     groups: tuple[LinearGroup, ...] = field(default=LLAMA_GROUPS)
     experts: str = ""
     expert_groups: tuple[LinearGroup, ...] = ()
+    kept: tuple[str, ...] = ()
     core: str = ""
     norm_offset: float = 0.0
     unrotated: str = ""
     stream_inputs: tuple[str, ...] = ()
     mixes_media: bool = True
+    last_tokens: bool = False
     side_file: tuple[str, str] | None = None
     remark: str = ""
 
