@@ -220,6 +220,14 @@ def _gemma4_config(ids: TokenIds, **changes: Any) -> dict[str, Any]:
     }
 
 
+def _gemma4_moe_config(ids: TokenIds) -> dict[str, Any]:
+    """As the 26B: experts beside the dense MLP, full attention without values of its own, no inputs per layer."""
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "attention_k_eq_v": True}
+    layers |= {"num_global_key_value_heads": 1, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+    return _gemma4_config(ids, **layers, **experts, use_double_wide_mlp=False)
+
+
 def _smolvlm_config(ids: TokenIds) -> dict[str, Any]:
     return {
         "text_config": _text_config(ids, model_type="llama"),
@@ -444,6 +452,19 @@ _QWEN2_5_OMNI = TinyFamily(
     components=lambda: _qwen_vision_components() | _audio_components(),
 )
 
+_GEMMA4 = TinyFamily(
+    media=("image", "video", "audio"),
+    special_tokens={"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    | {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>", "video": "<|video|>"}
+    | {"boa_token": "<|audio>", "eoa_token": "<audio|>", "audio_token": "<|audio|>"}
+    | {"turn_start": "<|turn>", "turn_end": "<turn|>"},
+    chat_template=_GEMMA4_TEMPLATE,
+    model_class=hf.Gemma4ForConditionalGeneration,
+    config=_gemma4_config,
+    processor_class=hf.Gemma4Processor,
+    components=_gemma4_components,
+)
+
 TINY_FAMILIES: dict[str, TinyFamily] = {
     "qwen2_5_omni_full": replace(
         _QWEN2_5_OMNI,
@@ -520,18 +541,8 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         processor_class=hf.Gemma3Processor,
         components=_gemma3_components,
     ),
-    "gemma4": TinyFamily(
-        media=("image", "video", "audio"),
-        special_tokens={"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-        | {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>", "video": "<|video|>"}
-        | {"boa_token": "<|audio>", "eoa_token": "<audio|>", "audio_token": "<|audio|>"}
-        | {"turn_start": "<|turn>", "turn_end": "<turn|>"},
-        chat_template=_GEMMA4_TEMPLATE,
-        model_class=hf.Gemma4ForConditionalGeneration,
-        config=_gemma4_config,
-        processor_class=hf.Gemma4Processor,
-        components=_gemma4_components,
-    ),
+    "gemma4": _GEMMA4,
+    "gemma4_moe": replace(_GEMMA4, config=_gemma4_moe_config),
     "smolvlm": TinyFamily(
         media=("image", "video"),
         special_tokens={"pad_token": "<pad>", "im_start": "<|im_start|>", "eos_token": "<end_of_utterance>"}

@@ -46,14 +46,15 @@ def source_rows(block: nn.Module, group: LinearGroup, config: Any, features: int
     Raises:
         ModelError: it has another number of rows.
     """
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    rows = linear_of(block, group.fold_into).out_features
-    count = features // heads * kv_heads if group.fold_kind == "heads" else features
-    whole_heads = group.fold_kind == "rows" or (heads % kv_heads == 0 and features % heads == 0)
-    if not whole_heads or rows < count or (rows > count and not group.fused):
+    rows, count, heads = linear_of(block, group.fold_into).out_features, features, ""
+    if group.fold_kind == "heads":
+        number, kv_number = config.num_attention_heads, config.num_key_value_heads
+        heads = f" ({number} heads, {kv_number} of keys and values)"
+        count = 0 if number % kv_number or features % number else features // number * kv_number
+    if not count or rows < count or (rows > count and not group.fused):
         raise ModelError(
-            f"{group.fold_into} has {rows} rows, {group.name} needs {count} for its {features} inputs ({heads} heads, "
-            f"{kv_heads} of keys and values); the family's description is wrong for this model"
+            f"{group.fold_into} has {rows} rows, which do not give the {features} inputs of {group.name}{heads}; the "
+            "family's description is wrong for this model"
         )
     return slice(rows - count, rows)
 

@@ -21,11 +21,11 @@ from masquant.errors import DataError
 
 # What the family's template writes after an answer, without trailing white space
 ENDING = dict.fromkeys(FAMILIES, "<|im_end|>") | {"llava": "", "gemma3": "<end_of_turn>", "mistral3": "</s>"}
-ENDING |= {"smolvlm": "<end_of_utterance>", "phi4_multimodal": "<|end|>", "gemma4": "<turn|>"}
+ENDING |= {"smolvlm": "<end_of_utterance>", "phi4_multimodal": "<|end|>", "gemma4": "<turn|>", "gemma4_moe": "<turn|>"}
 
 PER_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
 PADDED = {"phi4_multimodal": {"audio_input_features", "audio_attention_mask"}}  # to the longest of the batch
-PADDED["gemma4"] = {"input_features", "input_features_mask"}
+PADDED |= dict.fromkeys(("gemma4", "gemma4_moe"), frozenset({"input_features", "input_features_mask"}))
 PER_SAMPLE = {"smolvlm": {"pixel_values", "pixel_attention_mask"}}  # padded to the sample with most pictures
 
 
