@@ -128,6 +128,7 @@ def test_logits_follow_the_media(family: str, kind: str, tmp_path: Path) -> None
     assert torch.equal(after[1], before[1])
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # numpy about a processor
 @pytest.mark.parametrize("family", WITH_VIDEO)
 def test_logits_follow_the_video(family: str) -> None:
     processor = processor_of(family)

@@ -36,6 +36,7 @@ class TinyFamily:
         config: arguments of the model's config, from the token ids by name.
         processor_class: the transformers class.
         components: arguments of the processor besides tokenizer and chat template.
+        norm_offset: what the decoder's norms add to their weight.
         write_files: writes the files that the family's folders have besides; none for most.
     """
 
@@ -46,6 +47,7 @@ class TinyFamily:
     config: Callable[[TokenIds], dict[str, Any]]
     processor_class: type[hf.ProcessorMixin]
     components: Callable[[], dict[str, Any]]
+    norm_offset: float = 0.0
     write_files: Callable[[Path], None] = lambda folder: None
 
     @property
@@ -125,6 +127,30 @@ def _qwen3_omni_moe_config(ids: TokenIds) -> dict[str, Any]:
         "audio_start_token_id": ids["audio_bos_token"],
         "audio_end_token_id": ids["audio_eos_token"],
         "user_token_id": ids["im_start"],
+    }
+
+
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
+_HYBRID |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+_HYBRID |= {"linear_value_head_dim": 16}
+
+
+def _qwen3_5_config(ids: TokenIds) -> dict[str, Any]:
+    vision = {key: value for key, value in _QWEN3_VISION.items() if key != "deepstack_visual_indexes"}
+    text = _text_config(ids, rope_parameters=_MROPE | {"partial_rotary_factor": 1.0}, **_HYBRID)
+    return _qwen_vl_config(vision, ids) | {"text_config": text}
+
+
+def _minicpmv_config(ids: TokenIds) -> dict[str, Any]:
+    text = _text_config(ids, rope_parameters=_MROPE | {"partial_rotary_factor": 1.0}, **_HYBRID)
+    return {
+        "text_config": text | {"model_type": "qwen3_5_text"},
+        "vision_config": dict(_TOWER),
+        "insert_layer_id": 0,
+        "image_size": 2 * _SIDE,
+        "image_token_id": ids["image_token"],
+        "video_token_id": ids["video_token"],
+        "tie_word_embeddings": False,
     }
 
 
@@ -326,6 +352,14 @@ def _qwen3_vl_components() -> dict[str, Any]:
     size = {"shortest_edge": 28 * 28, "longest_edge": 4 * 28 * 28}
     video = hf.Qwen3VLVideoProcessor(size=size, cap_pixels_per_frame=False, min_frames=2, **patches)
     return _qwen_vision_components() | {"video_processor": video}
+
+
+def _minicpmv_components() -> dict[str, Any]:
+    sizes = {"scale_resolution": 2 * _SIDE, "patch_size": PATCH, "max_slice_nums": 1}
+    return {
+        "image_processor": hf.MiniCPMV4_6ImageProcessor(**sizes),
+        "video_processor": hf.MiniCPMV4_6VideoProcessor(do_sample_frames=False, **sizes),
+    }
 
 
 def _audio_components() -> dict[str, Any]:
@@ -540,6 +574,7 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         config=_gemma3_config,
         processor_class=hf.Gemma3Processor,
         components=_gemma3_components,
+        norm_offset=1.0,
     ),
     "gemma4": _GEMMA4,
     "gemma4_moe": replace(_GEMMA4, config=_gemma4_moe_config),
@@ -599,5 +634,29 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         model_class=hf.Qwen3OmniMoeThinkerForConditionalGeneration,
         config=_qwen3_omni_moe_config,
         processor_class=hf.Qwen3OmniMoeProcessor,
+    ),
+    "qwen3_5": TinyFamily(
+        media=("image", "video"),
+        special_tokens=_QWEN_VL_TOKENS,
+        chat_template=_QWEN_VL_TEMPLATE,
+        model_class=hf.Qwen3_5ForConditionalGeneration,
+        config=_qwen3_5_config,
+        processor_class=hf.Qwen3VLProcessor,
+        components=_qwen3_vl_components,
+        norm_offset=1.0,
+    ),
+    "minicpmv": TinyFamily(
+        media=("image", "video"),
+        special_tokens=_CHATML_TOKENS
+        | {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+        | {"image_start_token": "<image>", "image_end_token": "</image>"}
+        | {"slice_start_token": "<slice>", "slice_end_token": "</slice>"}
+        | {"image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>"},
+        chat_template=_chatml(image="<|image_pad|>", video="<|video_pad|>"),
+        model_class=hf.MiniCPMV4_6ForConditionalGeneration,
+        config=_minicpmv_config,
+        processor_class=hf.MiniCPMV4_6Processor,
+        components=_minicpmv_components,
+        norm_offset=1.0,
     ),
 }

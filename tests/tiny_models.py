@@ -50,7 +50,8 @@ def tiny_model(family: str, seed: int = 0) -> hf.PreTrainedModel:
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
             is_norm_weight = parameter.dim() == 1 and name.endswith("weight")
-            parameter.copy_(1 + 0.2 * values if is_norm_weight else 0.15 * values)
+            one = 1 - settings.norm_offset if "language_model" in name else 1.0
+            parameter.copy_(one + 0.2 * values if is_norm_weight else 0.15 * values)
     return model
 
 

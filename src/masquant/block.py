@@ -86,7 +86,7 @@ def rotate_block(
                 linear.weight.copy_(residual.apply(linear.weight.double().t()).t())
                 if linear.bias is not None:
                     linear.bias.copy_(residual.apply(linear.bias.double()))
-        if group.fold_kind == "heads" and rotations.heads:
+        if group.fold_kind == "heads" and group.rotates_heads and rotations.heads:
             size = linears[0].in_features // config.num_attention_heads
             heads, values = cast(Rotation, rotations.of_heads(size)), linear_of(block, group.fold_into)
             rows = source_rows(block, group, config, linears[0].in_features)

@@ -26,6 +26,7 @@ ENDING |= {"smolvlm": "<end_of_utterance>", "phi4_multimodal": "<|end|>", "gemma
 PER_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
 PADDED = {"phi4_multimodal": {"audio_input_features", "audio_attention_mask"}}  # to the longest of the batch
 PADDED |= dict.fromkeys(("gemma4", "gemma4_moe"), frozenset({"input_features", "input_features_mask"}))
+PADDED["minicpmv"] = {"pixel_values"}  # patches of all pictures side by side
 PER_SAMPLE = {"smolvlm": {"pixel_values", "pixel_attention_mask"}}  # padded to the sample with most pictures
 
 
@@ -227,6 +228,7 @@ def test_token_types_are_asked_for_where_positions_need_them(name: str) -> None:
     assert torch.equal(inputs["mm_token_type_ids"] == 1, inputs["input_ids"] == processor.image_token_id)
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # numpy about a processor
 @pytest.mark.parametrize("name", [f for f in FAMILIES if "video" in tiny_media(f)])
 def test_videos(name: str, tmp_path: Path) -> None:
     encoder = encoder_of(name)

@@ -19,6 +19,7 @@ from . import (
     internvl,
     llava,
     llava_onevision,
+    minicpmv,
     mistral3,
     phi4_multimodal,
     qwen2_5_omni,
@@ -26,6 +27,7 @@ from . import (
     qwen2_5_vl,
     qwen2_audio,
     qwen2_vl,
+    qwen3_5,
     qwen3_omni_moe,
     qwen3_vl,
     qwen3_vl_moe,
@@ -65,6 +67,7 @@ FAMILIES: tuple[ModelFamily, ...] = tuple(
         qwen2_5_omni_full,
         qwen2_5_omni,
         qwen3_omni_moe,
+        qwen3_5,
         qwen3_vl,
         qwen3_vl_moe,
         qwen2_5_vl,
@@ -77,6 +80,7 @@ FAMILIES: tuple[ModelFamily, ...] = tuple(
         internvl,
         mistral3,
         phi4_multimodal,
+        minicpmv,
         qwen2_audio,
     )
 )
@@ -154,11 +158,11 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
 def groups_of(block: nn.Module, family: ModelFamily) -> tuple[LinearGroup, ...]:
     """The linear groups of one block: the family's, with those of each expert where the block has experts."""
     count = number_of_experts(block, family.experts) if family.experts else 0
-    shared = tuple(
-        replace(group, linears=tuple(n for n in group.linears if n not in group.optional or _has(block, n)))
-        for group in family.groups
-        if not count or any(_has(block, name) for name in group.linears)
-    )
+    shared = []
+    for group in family.groups:
+        present = tuple(n for n in group.linears if not (count or n in group.optional) or _has(block, n))
+        if present:
+            shared.append(replace(group, linears=present))
 
     def of_expert(group: LinearGroup, number: int) -> LinearGroup:
         linears = tuple(name.format(number) for name in group.linears)
@@ -166,7 +170,7 @@ def groups_of(block: nn.Module, family: ModelFamily) -> tuple[LinearGroup, ...]:
             group, name=group.name.format(number), linears=linears, fold_into=group.fold_into.format(number)
         )
 
-    return shared + tuple(of_expert(g, number) for number in range(count) for g in family.expert_groups)
+    return (*shared, *(of_expert(g, number) for number in range(count) for g in family.expert_groups))
 
 
 def _has(block: nn.Module, name: str) -> bool:

@@ -16,7 +16,7 @@ class LinearGroup:
     """Linears of one block that are fed by one input and so share `smooth_scale` and the patch's `a`.
 
     Attributes:
-        name: `qkv`, `o`, `gate_up` or `down`; before it, with a dot, the expert that the group belongs to.
+        name: `qkv`, `o`, `gate_up` or `down`; before it, with a dot, its expert or kind of layer.
         linears: module names inside the block, in the order in which the block calls them.
         fold_into: module whose output feeds the group and takes text's smoothing vector, so that text pays nothing.
         fold_kind: `norm` divides the norm's weight; `rows` divides the rows (and bias) of a linear; `heads` likewise
@@ -26,7 +26,9 @@ class LinearGroup:
         folds_text: whether text's vector can be folded there; if not, the group has none for text.
         readers: modules with a weight [.., hidden] that stay in floating point and read what the norm `fold_into`
             gives, such as the router of experts.
-        optional: those of `linears` that some blocks lack.
+        optional: those of `linears` that some blocks lack; a block that has none of a group's linears lacks the group.
+        rotates_heads: whether the values of a `heads` group can be rotated within each head: nothing but the attention
+            lies between.
         fused: `fold_into` is one linear for several things, of which only the last rows feed the group.
     """
 
@@ -38,6 +40,7 @@ class LinearGroup:
     folds_text: bool = True
     readers: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    rotates_heads: bool = True
     fused: bool = False
 
     @property

@@ -12,11 +12,11 @@ from .family import ModelFamily
 def limits_of(family: ModelFamily) -> list[str]:
     """What a family's models cannot have exactly and so do not get, and what else to know."""
     every = [(group, "") for group in family.groups] + [(group, " of experts") for group in family.expert_groups]
-    unfolded = [group.role + whose for group, whose in every if not group.folds_text]
+    unfolded = [f"{group.name.removeprefix('experts.{}.')}{whose}" for group, whose in every if not group.folds_text]
     found = [f"residual stream not rotated: {family.unrotated}"] if family.unrotated else []
     if unfolded:
         found.append(f"text is not smoothed before {', '.join(unfolded)}")
-    if not any(group.fold_kind == "heads" for group in family.groups):
+    if not any(group.fold_kind == "heads" and group.rotates_heads for group in family.groups):
         found.append("values not rotated")
     return [*found, family.remark] if family.remark else found
 
