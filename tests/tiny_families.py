@@ -130,6 +130,33 @@ def _qwen3_omni_moe_config(ids: TokenIds) -> dict[str, Any]:
     }
 
 
+def _qwen3_omni_moe_full_config(ids: TokenIds) -> dict[str, Any]:
+    sizes = _WIDTHS | {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text = sizes | {"vocab_size": 1024 + 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    text |= {"shared_expert_intermediate_size": 16, "rope_parameters": dict(_MROPE)}
+    codec = {"codec_eos_token_id": 1050, "codec_nothink_id": 1051, "codec_think_bos_id": 1052}
+    talker = codec | {"codec_think_eos_id": 1053, "codec_pad_id": 1054, "codec_bos_id": 1055, "num_code_groups": 2}
+    talker |= {"text_config": text, "accept_hidden_layer": 1, "speaker_id": {"chelsie": 1049}}
+    talker |= {"spatial_merge_size": 2, "thinker_hidden_size": 64}
+    talker |= {"code_predictor_config": sizes | {"vocab_size": 32, "head_dim": 16, "num_code_groups": 2}}
+    talker |= {f"{kind}_token_id": ids[f"{kind}_token"] for kind in ("image", "video", "audio")}
+    wave = _WIDTHS | {"codebook_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    wave |= {"num_quantizers": 2, "upsample_rates": [2, 2], "upsampling_ratios": [2], "decoder_dim": 64}
+    return {
+        "thinker_config": _qwen3_omni_moe_config(ids),
+        "talker_config": talker,
+        "code2wav_config": wave | {"head_dim": 16},
+        "im_start_token_id": ids["im_start"],
+        "im_end_token_id": ids["eos_token"],
+        "tts_pad_token_id": 280,
+        "tts_bos_token_id": 281,
+        "tts_eos_token_id": 282,
+        "system_token_id": 82,  # the bytes s, u and a, with which the roles begin
+        "user_token_id": 84,
+        "assistant_token_id": 64,
+    }
+
+
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
 _HYBRID |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
 _HYBRID |= {"linear_value_head_dim": 16}
@@ -499,6 +526,13 @@ _GEMMA4 = TinyFamily(
     components=_gemma4_components,
 )
 
+_QWEN3_OMNI = replace(
+    _QWEN2_5_OMNI,
+    model_class=hf.Qwen3OmniMoeThinkerForConditionalGeneration,
+    config=_qwen3_omni_moe_config,
+    processor_class=hf.Qwen3OmniMoeProcessor,
+)
+
 TINY_FAMILIES: dict[str, TinyFamily] = {
     "qwen2_5_omni_full": replace(
         _QWEN2_5_OMNI,
@@ -629,11 +663,11 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
         processor_class=hf.Qwen3VLProcessor,
         components=_qwen3_vl_components,
     ),
-    "qwen3_omni_moe": replace(
-        _QWEN2_5_OMNI,
-        model_class=hf.Qwen3OmniMoeThinkerForConditionalGeneration,
-        config=_qwen3_omni_moe_config,
-        processor_class=hf.Qwen3OmniMoeProcessor,
+    "qwen3_omni_moe": _QWEN3_OMNI,
+    "qwen3_omni_moe_full": replace(
+        _QWEN3_OMNI,
+        model_class=hf.Qwen3OmniMoeForConditionalGeneration,
+        config=_qwen3_omni_moe_full_config,
     ),
     "qwen3_5": TinyFamily(
         media=("image", "video"),

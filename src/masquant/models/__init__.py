@@ -29,6 +29,7 @@ from . import (
     qwen2_vl,
     qwen3_5,
     qwen3_omni_moe,
+    qwen3_omni_moe_full,
     qwen3_vl,
     qwen3_vl_moe,
     smolvlm,
@@ -66,6 +67,7 @@ FAMILIES: tuple[ModelFamily, ...] = tuple(
     for module in (
         qwen2_5_omni_full,
         qwen2_5_omni,
+        qwen3_omni_moe_full,
         qwen3_omni_moe,
         qwen3_5,
         qwen3_vl,
