@@ -21,7 +21,7 @@ from .allocation import Option, options_of
 from .block import apply_solutions, group_record, rotate_block, solve_block, stacked_fold, stacked_weight
 from .calibration.block_inputs import BlockInputs, HiddenStates
 from .calibration.gradients import TokenGradients
-from .calibration.statistics import FEW_TOKENS, GroupStatistics, collect_statistics
+from .calibration.statistics import GroupStatistics, collect_statistics
 from .checkpoint.format import Site, parse_site
 from .checkpoint.store import BlockStore
 from .errors import ModelError
@@ -428,10 +428,9 @@ def routing_record(block: nn.Module, modalities: Sequence[Modality]) -> dict[str
     """How many calibration tokens of each modality the block's experts got, and which of them had so few that they
     were fitted to the tokens of all experts; nothing for a block without experts."""
     experts = experts_in(block)
-    if experts is None or experts.counts is None:
+    if experts is None or experts.counts is None or experts.few is None:
         return {}
-    counts, present = experts.counts, experts.counts.sum(0) > 0
-    shared = (counts < FEW_TOKENS) & present
+    counts, shared = experts.counts, experts.few & (experts.counts.sum(0) > 0)
     return {
         "experts": {
             "tokens": {m.value: counts[:, row].tolist() for row, m in enumerate(modalities)},

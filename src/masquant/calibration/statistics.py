@@ -143,7 +143,8 @@ def collect_statistics(
     statistics: dict[str, GroupStatistics] = {}
     current = [0]
     experts = experts_in(block)
-    few = None if experts is None else count_routed(experts, batches, forward, modalities) < FEW_TOKENS
+    if experts is not None:
+        count_routed(experts, batches, forward, modalities)
 
     def hook(group: str, rows: Callable[[], Tensor | None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -167,9 +168,9 @@ def collect_statistics(
     try:
         for i in range(len(batches)):
             current[0] = i
-            if experts is not None and few is not None:
-                ids, mask, _ = batches[i]
-                experts.shown = few[:, ids.flatten().long().to(few.device)] & mask.flatten().to(few.device)
+            if experts is not None and experts.few is not None:
+                ids, mask = (t.flatten().to(experts.few.device) for t in batches[i][:2])
+                experts.shown = experts.few[:, ids.long()] & mask
             forward(i)
     finally:
         for handle in handles:
@@ -184,19 +185,21 @@ def count_routed(
     batches: Sequence[tuple[Tensor, Tensor, Tensor]],
     forward: Callable[[int], None],
     modalities: int,
-) -> Tensor:
-    """Tokens of each modality that are routed to each expert, integer [experts, modalities]; also left in `counts`.
+) -> None:
+    """Fill in the experts' `counts`, and `few`, for which tokens of samples held back do not count.
 
     Arguments as in `collect_statistics`.
     """
-    counts: list[Tensor] = []
+    found: list[Tensor] = []
     current = [0]
 
     def count(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         chosen = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
-        ids, mask = (t.flatten().to(chosen.device) for t in batches[current[0]][:2])
-        routed = torch.stack([(chosen == number).any(-1) & mask for number in range(len(experts))])
-        counts.append(torch.stack([(routed & (ids == m)).sum(1) for m in range(modalities)], 1))
+        ids, mask, held_back = (t.to(chosen.device) for t in batches[current[0]])
+        fitting = (mask & ~held_back[:, None]).flatten()
+        routed = torch.stack([(chosen == number).any(-1) & mask.flatten() for number in range(len(experts))])
+        own = torch.stack([ids.flatten() == m for m in range(modalities)])
+        found.append(torch.stack([(r[:, None] & own[None]).sum(-1) for r in (routed, routed & fitting)]))
 
     handle = experts.register_forward_pre_hook(count, with_kwargs=True)
     try:
@@ -205,5 +208,5 @@ def count_routed(
             forward(i)
     finally:
         handle.remove()
-    experts.counts = torch.stack(counts).sum(0)
-    return experts.counts
+    experts.counts, fitting = torch.stack(found).sum(0)
+    experts.few = fitting < FEW_TOKENS

@@ -45,6 +45,7 @@ class LinearExperts(nn.ModuleList):
         rows: tokens [n] that the expert at work sees, None outside of a call.
         shown: bool [experts, tokens], tokens that experts see besides those routed to them; for statistics.
         counts: integer [experts, modalities], calibration tokens routed to each; None before they were counted.
+        few: bool [experts, modalities], where they are too few to fit an expert to.
     """
 
     def __init__(self, experts: Iterable[Expert]) -> None:
@@ -53,6 +54,7 @@ class LinearExperts(nn.ModuleList):
         self.rows: Tensor | None = None
         self.shown: Tensor | None = None
         self.counts: Tensor | None = None
+        self.few: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the experts' outputs, [tokens, hidden].
