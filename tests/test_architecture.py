@@ -10,21 +10,24 @@ PACKAGE = Path(masquant.__file__).parent
 
 # From the bottom up; a module may import its own layer and those below.
 LAYERS = (
-    {"errors", "version", "progress", "rotation"},
+    {"errors", "version", "progress", "rotation", "distributed"},
     {"strict", "modality"},
     {"recipe"},
     {"rotation_learning"},
     {"models", "quantization"},
+    {"blocks"},
     {"compensation", "smoothing", "plan", "calibration"},
     {"runtime"},
     {"checkpoint", "solver", "allocation"},
     {"integrations", "block", "refinement", "spending"},
+    {"generation"},
     {"run"},
     {"pipeline"},
-    {"card"},
+    {"card", "estimate"},
     {"api", "evaluation"},
     {"compare", "demo"},
-    {"inspection", "showcase"},
+    {"inspection", "showcase", "conversation", "recording"},
+    {"chat", "serving"},
     {"cli", "__init__"},
 )
 

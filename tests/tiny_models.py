@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers as hf
 from PIL import Image
-from tiny_families import SAMPLING_RATE, TINY_FAMILIES, TinyFamily
+from tiny_families import SAMPLING_RATE, TINY_FAMILIES, VOCAB_SIZE, TinyFamily
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 __all__ = ["FAMILIES", "SAMPLING_RATE", "tiny_files", "tiny_media", "tiny_model", "tiny_processor", "tiny_samples"]
@@ -52,6 +52,15 @@ def tiny_model(family: str, seed: int = 0) -> hf.PreTrainedModel:
             is_norm_weight = parameter.dim() == 1 and name.endswith("weight")
             one = 1 - settings.norm_offset if "language_model" in name else 1.0
             parameter.copy_(one + 0.2 * values if is_norm_weight else 0.15 * values)
+    return model
+
+
+def talking_model(family: str) -> hf.PreTrainedModel:
+    """`tiny_model` whose generation config makes it write words of the letters a to h without end."""
+    model = tiny_model(family)
+    letters = {index for index, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())) if c in "abcdefgh\u0120"}
+    others = [token for token in range(VOCAB_SIZE) if token not in letters]
+    model.generation_config.update(suppress_tokens=others, no_repeat_ngram_size=4, eos_token_id=VOCAB_SIZE)
     return model
 
 

@@ -6,7 +6,8 @@ Importing it registers the quantization method "masquant" with transformers.
 
 from .api import check, load, routed, save
 from .calibration.dataset import Sample, load_samples
-from .errors import CheckpointError, DataError, MasquantError, ModelError, RecipeError
+from .errors import CheckpointError, DataError, KernelError, MasquantError, ModelError, RecipeError
+from .generation import stream
 from .integrations.transformers import register
 from .modality import Modality
 from .pipeline import QuantizationReport, quantize
@@ -18,6 +19,7 @@ register()
 __all__ = [
     "CheckpointError",
     "DataError",
+    "KernelError",
     "MasquantError",
     "Modality",
     "ModelError",
@@ -32,4 +34,5 @@ __all__ = [
     "quantize",
     "routed",
     "save",
+    "stream",
 ]

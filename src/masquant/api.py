@@ -5,85 +5,52 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import AutoProcessor, PreTrainedModel
 
+from .calibration.dataset import Sample
 from .card import model_card
 from .checkpoint.format import QUANT_METHOD, expected_tensors, parse_format
-from .checkpoint.store import finished_folder, write_json
-from .errors import CheckpointError, ModelError
-from .integrations.transformers import build_quantized_shell, quantized_linears, read_headers, state_of, verify_tensors
+from .checkpoint.shards import write_model
+from .checkpoint.store import BlockStore, check_output, finished_folder, partial_folder, scratch_folder, write_json
+from .distributed import rank
+from .errors import CheckpointError, MasquantError, ModelError
+from .estimate import Estimate, estimate
+from .integrations.loading import file_digests, first_line, load_any, load_streamed, meta_model, part_writer
+from .integrations.transformers import (
+    adopt,
+    build_quantized_shell,
+    quantized_linears,
+    read_headers,
+    state_of,
+    verify_tensors,
+)
 from .modality import override_ids
-from .models import FAMILIES, decoder_blocks
-from .pipeline import QuantizationReport
+from .models import decoder_blocks
+from .pipeline import Calibration, QuantizationReport, quantize_blocks, run_fingerprint
+from .plan import make_plan
+from .progress import AbstractProgress, NoProgress
+from .recipe import Recipe
+from .runtime import MasquantLinear
+from .runtime.head import MasquantHead
 
 # Files of a model directory that are weights or are written anew; all others are copied along.
 _NOT_COPIED = (".safetensors", ".bin", ".pth", ".gguf", ".index.json")
-_WRITTEN = {"config.json", "README.md", "recipe.yaml", "report.json"}
+_TEXT_FILES = (".json", ".txt", ".jinja", ".model")  # beside the weights: configs, tokenizer, templates
+_WRITTEN = {"checksums.json", "config.json", "README.md", "recipe.yaml", "report.json"}
 SIDE_FILE_BYTES = 200 * 2**20
-
-
-def model_class(config: Any, path: str | Path) -> type[PreTrainedModel]:
-    """The transformers class that a config asks for.
-
-    Raises:
-        ModelError: transformers has no such class.
-    """
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-    raise ModelError(
-        f"{path}: transformers {transformers.__version__} has no class for architectures {config.architectures}"
-    )
-
-
-def load_any(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a model by the class that its config names; nothing may be missing, left over or of another shape.
-
-    Raises:
-        ModelError: transformers cannot load it.
-        CheckpointError: its tensors do not fit.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read a model config from {path}: {_first_line(error)}") from error
-    try:
-        model, info = _from_pretrained(model_class(config, path), path, {"dtype": "auto", **kwargs})
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[problem]:
-            first = sorted(map(str, info[problem]))[0]
-            raise CheckpointError(f"{path}: {len(info[problem])} {problem.replace('_', ' ')}, such as {first}")
-    return model.eval()
-
-
-def _from_pretrained(
-    cls: type[PreTrainedModel], path: str | Path, kwargs: Mapping[str, Any]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and what transformers says of loading it."""
-    loader = PreTrainedModel.from_pretrained.__func__
-    model, info = loader(cls, path, output_loading_info=True, **kwargs)
-    found = next((f.side_file for f in FAMILIES if model.config.model_type in f.model_types), None)
-    if found is not None:
-        method, name = found
-        getattr(model, method)(cached_file(path, name))
-    return model, info
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+CHECKSUMS = "checksums.json"
+SHARD_BYTES = 5 * 10**9
+MEMORY_SHARE = 0.8  # of what the machine has free, which quantizing may take by default
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -138,12 +105,190 @@ def save(
     """
     with finished_folder(output) as folder:
         model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        if source is not None and source.is_dir():
-            copy_side_files(source, folder)
-        (folder / "recipe.yaml").write_text(report.recipe.to_yaml())
-        write_json(folder / "report.json", report.to_dict())
-        (folder / "README.md").write_text(model_card(model, report, source, evaluation))
+        write_extras(folder, model, processor, report, source, evaluation)
+        write_checksums(folder)
+
+
+def quantize_folder(
+    model: str | Path,
+    output: Path,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    dtype: str = "auto",
+    memory: int | None = None,
+    progress: AbstractProgress | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> QuantizationReport:
+    """Quantize a model on disk into a checkpoint folder, one decoder block in memory at a time.
+
+    Encoders, embeddings and head are in memory while the blocks' inputs are captured; then each block is read,
+    quantized and written. Finished blocks are kept beside `output` until all is done. Several processes of
+    torch.distributed share the samples; the first writes.
+
+    Args:
+        model: folder or hub id.
+        output: folder to write.
+        samples: calibration data.
+        recipe: what to do.
+        batch_size: samples that run together.
+        device: where encoders run and blocks are solved.
+        dtype: to load the model in, as from_pretrained takes it.
+        memory: bytes that the process may take; hidden states that would go beyond are kept on disk. Default most of
+            what the machine has free.
+        progress: receives what happens.
+        resume: go on with an interrupted run.
+        overwrite: replace an existing output folder and an interrupted run.
+
+    Raises:
+        MasquantError: see its children; nothing is left but the finished blocks.
+    """
+    progress = progress or NoProgress()
+    make_plan(meta_model(model, dtype), recipe)  # refuses before anything is read
+    writes = rank() == 0
+    if writes:
+        check_output(output, overwrite=overwrite, resume=resume)
+    work = partial_folder(output)
+    memory = default_memory() if memory is None else memory
+    calibration = Calibration(samples, batch_size, shared=False, memory=memory // 8, folder=work if writes else None)
+    processor = load_processor(model)
+    with scratch_folder(output) if writes else tempfile.TemporaryDirectory() as converted:
+        blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=Path(converted))
+        fingerprint = run_fingerprint(file_digests(model_files(blocks.files), progress), recipe, calibration)
+        fingerprint |= {"dtype": str(blocks.model.dtype), "device": torch.device(device).type}
+        store = BlockStore(work, fingerprint, resume=resume, write=part_writer(blocks.model)) if writes else None
+        blocks.store = store
+        try:
+            report, _ = quantize_blocks(blocks, processor, calibration, recipe, torch.device(device), progress, store)
+        except MasquantError:
+            if store is not None and not store.finished:
+                store.remove()  # nothing to go on with
+            raise
+    if store is None:
+        return report
+    adopt(blocks.model, report.format)
+    with finished_folder(output, work / "finished") as folder:
+        write_model(store.files(), folder, SHARD_BYTES)
+        if blocks.model.can_generate():
+            blocks.model.generation_config.save_pretrained(folder)
+        write_extras(folder, blocks.model, processor, report, Path(model) if Path(model).is_dir() else None, None)
+        blocks.model.config.save_pretrained(work)  # config.json comes last: without it nothing loads the folder
+        write_checksums(folder, work / "config.json")
+        (work / "config.json").replace(folder / "config.json")
+    store.remove()
+    return report
+
+
+def estimate_folder(
+    model: str | Path,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    dtype: str = "auto",
+    memory: int | None = None,
+    progress: AbstractProgress | None = None,
+) -> Estimate:
+    """What `quantize_folder` with these arguments will take, by trying a few samples and one block; nothing is kept.
+
+    Raises:
+        MasquantError: as `quantize_folder`.
+    """
+    start = time.monotonic()
+    progress = progress or NoProgress()
+    plan = make_plan(meta_model(model, dtype), recipe)
+    processor = load_processor(model)
+    memory = default_memory() if memory is None else memory
+    with tempfile.TemporaryDirectory() as converted:
+        blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=Path(converted))
+        file_digests(model_files(blocks.files), progress)
+        return estimate(
+            blocks,
+            plan,
+            processor,
+            samples,
+            recipe,
+            batch_size=batch_size,
+            device=torch.device(device),
+            memory=memory // 8,
+            reading=time.monotonic() - start,
+            progress=progress,
+        )
+
+
+def default_memory() -> int:
+    """Bytes that quantizing takes at most where nothing else is asked for: most of what the machine has free."""
+    return int(psutil.virtual_memory().available * MEMORY_SHARE)
+
+
+def load_processor(path: str | Path) -> Any:
+    """The processor of a model folder or hub id.
+
+    Raises:
+        ModelError: transformers cannot read it.
+    """
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except Exception as error:  # a broken file makes transformers raise nearly anything
+        raise ModelError(f"cannot read a processor from {path}: {first_line(error)}") from error
+
+
+def model_files(weights: Sequence[Path]) -> list[Path]:
+    """The files that say what a model is and does: its weights, and the small files beside them."""
+    folders = {file.parent for file in weights}
+    beside = (file for folder in folders for file in folder.iterdir() if file.suffix in (".safetensors", *_TEXT_FILES))
+    return sorted(
+        file for file in beside if file.is_file() and file.name not in ("README.md", "report.json", CHECKSUMS)
+    )
+
+
+def write_checksums(folder: Path, config: Path | None = None) -> None:
+    """SHA-256 of the files that say what the model is: its weights and config.json, if that is not elsewhere yet."""
+    files = [config or folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    write_json(folder / CHECKSUMS, file_digests(files, NoProgress()))
+
+
+def verify_checksums(folder: Path) -> None:
+    """Compare a checkpoint's files with its checksums, if it has them (`model.save_pretrained` alone writes none).
+
+    Raises:
+        CheckpointError: a file is missing, or was changed since.
+    """
+    path = folder / CHECKSUMS
+    if not path.exists():
+        return
+    try:
+        wanted = dict(json.loads(path.read_text()))
+        found = file_digests([folder / name for name in wanted], NoProgress())
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be compared: {error}; copy the checkpoint whole") from error
+    changed = [name for name in wanted if found[name] != wanted[name]]
+    if changed:
+        raise CheckpointError(
+            f"{folder / changed[0]} was changed since it was written (its checksum in {CHECKSUMS} differs); copy it "
+            f"again, or delete {CHECKSUMS} if you changed it on purpose"
+        )
+
+
+def write_extras(
+    folder: Path,
+    model: PreTrainedModel,
+    processor: Any,
+    report: QuantizationReport,
+    source: Path | None,
+    evaluation: Mapping[str, Any] | None,
+) -> None:
+    """What a checkpoint folder has besides weights and configs."""
+    processor.save_pretrained(folder)
+    if source is not None and source.is_dir():
+        copy_side_files(source, folder)
+    (folder / "recipe.yaml").write_text(report.recipe.to_yaml())
+    write_json(folder / "report.json", report.to_dict())
+    (folder / "README.md").write_text(model_card(model, report, source, evaluation))
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
@@ -176,18 +321,21 @@ def check(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder} is no masquant checkpoint: config.json has no masquant quantization_config")
     checkpoint = parse_format(found)
+    verify_checksums(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no safetensors files")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        missing = set(json.loads(index.read_text())["weight_map"].values()) - {f.name for f in files}
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} cannot be read: {error}; copy it again") from error
+        missing = named - {f.name for f in files}
         if missing:
             raise CheckpointError(f"{folder} lacks the shard {sorted(missing)[0]}")
     headers = read_headers(files)
-    auto = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        shell = model_class(auto, folder)(auto)
+    shell = meta_model(folder)
     blocks = build_quantized_shell(shell, checkpoint, torch.bfloat16)
     verify_tensors(headers, expected_tensors(blocks, checkpoint))
     model = load(folder)
@@ -209,25 +357,24 @@ def check(path: str | Path) -> dict[str, Any]:
 
 def resident_bytes(model: PreTrainedModel) -> dict[str, int]:
     """Bytes in memory: of the quantized linears' packed weights (with scales and bias), of their vectors and patches,
-    and of everything else."""
-    packed = vectors = compensation = 0
-    for module in quantized_linears(model).values():
+    of 8-bit embeddings and head, and of everything else."""
+    sizes = dict.fromkeys(("packed", "smooth_scale", "compensation", "lm_head"), 0)
+    hidden: dict[int, int] = {}  # what the kernels hold is in no buffer
+    for module in model.modules():
+        if not isinstance(module, MasquantLinear):
+            continue
+        head = isinstance(module, MasquantHead)
         for name, tensor in module.named_buffers():
             size = tensor.numel() * tensor.element_size()
-            if name == "smooth_scale":
-                vectors += size
-            elif name.startswith("compensation"):
-                compensation += size
-            else:
-                packed += size
+            kind = name if name == "smooth_scale" else "compensation" if name.startswith("compensation") else "packed"
+            sizes["lm_head" if head else kind] += size
+        if module.group.packed is not None and module.is_leader:
+            size = module.group.packed.weight_bytes
+            hidden[id(module.group.packed)] = size
+            sizes["lm_head" if head else "packed"] += size
     seen: dict[int, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         storage = tensor.untyped_storage()
         seen[storage.data_ptr() or id(tensor)] = storage.nbytes()
-    total = sum(seen.values())
-    return {
-        "packed": packed,
-        "smooth_scale": vectors,
-        "compensation": compensation,
-        "float": total - packed - vectors - compensation,
-    }
+    total = sum(seen.values()) + sum(hidden.values())
+    return {**sizes, "float": total - sum(sizes.values())}

@@ -29,6 +29,8 @@ from .runtime.transforms import attach_input_rotation
 from .smoothing.scales import exact_norm_fold, share_across_query_heads
 from .solver import GroupProblem, GroupSolution, added_bytes, solution_patch_bytes, solve_group, vector_bytes
 
+_BAND = 1024  # rows that are in float64 at a time
+
 
 def stacked_weight(block: nn.Module, group: GroupPlan) -> Tensor:
     """Float32 [out, in]: the group's weights, one below the other."""
@@ -59,6 +61,13 @@ def source_rows(block: nn.Module, group: LinearGroup, config: Any, features: int
     return slice(rows - count, rows)
 
 
+def _turn(rows: Tensor, rotation: Rotation, gain: Tensor | None = None) -> None:
+    """Rotate rows [rows, n], times `gain` [n] if given, in place; in float64, a band at a time."""
+    for band in rows.split(_BAND):
+        wide = band.double() if gain is None else band.double() * gain
+        band.copy_(rotation.apply(wide))
+
+
 def rotate_block(
     block: nn.Module,
     family: ModelFamily,
@@ -83,7 +92,7 @@ def rotate_block(
         linears = [linear_of(block, name) for name in group.linears]
         if residual is not None and group.writes_residual:
             for linear in linears:
-                linear.weight.copy_(residual.apply(linear.weight.double().t()).t())
+                _turn(linear.weight.t(), residual)
                 if linear.bias is not None:
                     linear.bias.copy_(residual.apply(linear.bias.double()))
         if group.fold_kind == "heads" and group.rotates_heads and rotations.heads:
@@ -100,7 +109,7 @@ def rotate_block(
         rotation = group_rotation(planned.get(group.name), rotations)
         for linear in linears if rotation is not None else ():
             assert rotation is not None
-            linear.weight.copy_(rotation.apply(linear.weight.double()))
+            _turn(linear.weight, rotation)
             attach_input_rotation(linear, rotation)
 
 
@@ -116,7 +125,7 @@ def _rotate_readers(block: nn.Module, family: ModelFamily, residual: Rotation) -
             raise ModelError(f"{name} has a bias: the residual stream cannot be rotated")
         gain = cast(nn.Parameter, norm.weight)
         for weight in (cast(nn.Parameter, block.get_submodule(module).weight) for module in modules):
-            weight.copy_(residual.apply(weight.double() * (gain.double() + family.norm_offset)))
+            _turn(weight, residual, gain.double() + family.norm_offset)
         gain.fill_(1.0 - family.norm_offset)
 
 
@@ -167,7 +176,7 @@ def solve_block(
     block: nn.Module,
     family: ModelFamily,
     groups: tuple[GroupPlan, ...],
-    statistics: Mapping[str, GroupStatistics],
+    statistics: Callable[[str], GroupStatistics],
     state: ModalityState,
     recipe: Recipe,
     config: Any,
@@ -182,7 +191,7 @@ def solve_block(
         block: unquantized.
         family: of the model.
         groups: of the block.
-        statistics: per group.
+        statistics: by group, asked for once each, the last group first.
         state: the model's modalities.
         recipe: what to do.
         config: the decoder's config (numbers of heads).
@@ -201,7 +210,7 @@ def solve_block(
         problem = GroupProblem(
             group.role,
             weight,
-            statistics[group.name],
+            statistics(group.name),
             state.tokens.modalities,
             recipe,
             group.linears[0].grid,
@@ -212,6 +221,7 @@ def solve_block(
             *terms(group, sum(added_bytes(s) for s in solutions.values())),
         )
         solution = solutions[group.name] = solve_group(problem)
+        del problem  # and its statistics, before the next group's come
         if group.group.fold_kind != "norm" and folded:
             folds[group.group.fold_into] = fold_vector(block, group, solution.text_scale, config)
     return solutions, folds

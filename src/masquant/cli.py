@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -69,6 +70,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 JsonFileOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(
+        help="GiB that the process may take; hidden states beyond it go to disk.",
+        min=0.1,
+        show_default="80 % of what is free",
+    ),
+]
 DtypeOption = Annotated[str, typer.Option(help="Load the model as auto (its own), bfloat16, float16 or float32.")]
 
 
@@ -87,7 +96,10 @@ def _group_size(value: str | None) -> int | Literal["channel"] | None:
 def _device(name: str) -> str:
     import torch
 
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    from .distributed import join
+
+    number = join()
+    return (f"cuda:{number}" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _bytes(size: float) -> str:
@@ -130,6 +142,9 @@ def quantize(
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe file (YAML) instead of scheme, group size, method.")
     ] = None,
+    quantize_lm_head: Annotated[
+        bool, typer.Option("--quantize-lm-head", help="Give embeddings and head 8-bit rows.")
+    ] = False,
     limit: LimitOption = None,
     batch_size: BatchOption = 8,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -137,45 +152,57 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    memory: MemoryOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Quantize MODEL into a packed checkpoint.
 
     Example: `masquant quantize Qwen/Qwen2.5-Omni-3B -o omni-w4a8 --scheme W4A8 --calibration data/calibration`
+
+    Several GPUs or processes share the samples: `torchrun --nproc-per-node 2 -m masquant.cli quantize ...`
     """
-    from . import api, pipeline
+    from .api import estimate_folder, quantize_folder
     from .calibration.dataset import load_samples
-    from .checkpoint.store import check_output, partial_folder
-    from .compare import load_processor
     from .recipe import Recipe
 
     chosen = Recipe.from_yaml(recipe) if recipe else Recipe.preset(method, scheme.value, _group_size(group_size))
     chosen = chosen.with_effort(preset.value)
-    if dry_run:
-        _show_plan(model, chosen, as_json)
-        return
-    check_output(output, overwrite=overwrite, resume=resume)
+    if quantize_lm_head:
+        chosen = dataclasses.replace(chosen, quantize_lm_head=True)
     samples = load_samples(calibration, limit=limit)
-    progress = _progress(quiet)
-    loaded, processor = api.load_any(model, dtype=dtype), load_processor(model)
+    available = None if memory is None else int(memory * 2**30)
+    if dry_run:
+        found = _plan_dict(model, chosen)
+        options = {"batch_size": batch_size, "device": _device(device), "dtype": dtype, "memory": available}
+        estimate = estimate_folder(model, samples, chosen, progress=_progress(quiet), **options)  # type: ignore[arg-type]
+        if as_json:
+            _print_json({**found, "estimate": estimate.to_dict()})
+            return
+        _show_plan(found)
+        stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in estimate.stages.items())
+        typer.echo(
+            f"will take about {_duration(estimate.seconds)} ({stages}) and {_bytes(estimate.peak_memory)} of memory; "
+            f"tried on {estimate.share:.0%} of the samples' tokens and one block"
+        )
+        return
     try:
-        report = pipeline.quantize(
-            loaded,
-            processor,
+        report = quantize_folder(
+            model,
+            output,
             samples,
-            recipe=chosen,
+            chosen,
             batch_size=batch_size,
             device=_device(device),
-            progress=progress,
-            work_folder=partial_folder(output),
+            dtype=dtype,
+            memory=available,
+            progress=_progress(quiet),
             resume=resume,
+            overwrite=overwrite,
         )
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command with --resume goes on from the last finished block", err=True)
         raise typer.Exit(1) from None
-    api.save(loaded, processor, output, report, source=Path(model) if Path(model).is_dir() else None)
-    _remove(partial_folder(output))
     if as_json:
         _print_json({"output": str(output), **report.to_dict()})
         return
@@ -186,75 +213,71 @@ def quantize(
     )
 
 
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _meta_model(model: str) -> Any:
-    """The model on the meta device: shapes without weights."""
-    import torch
-    from transformers import AutoConfig
-
-    from .api import model_class
-    from .errors import ModelError
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read a model config from {model}: {str(error).splitlines()[0]}") from error
-    dtype = getattr(config, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        return model_class(config, model)(config).to(dtype)
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def _show_plan(model: str, recipe: Any, as_json: bool) -> None:
+def _plan_dict(model: str, recipe: Any) -> dict[str, Any]:
+    """What a recipe would do to a model: per group what is quantized, folded and patched; what stays, and why."""
+    from .integrations.loading import meta_model
     from .plan import make_plan
 
-    plan = make_plan(_meta_model(model), recipe)
-    first = plan.blocks[0]
-    if as_json:
-        _print_json(
+    plan = make_plan(meta_model(model), recipe)
+    smoothed = recipe.smoothing.mode != "none"
+    return {
+        "family": plan.family.title,
+        "scheme": recipe.scheme.name,
+        "method": recipe.method,
+        "blocks": len(plan.blocks),
+        "bytes": {"float_before": plan.float_bytes, "packed": plan.packed_bytes, "kept": plan.other_bytes},
+        "groups": [
             {
-                "family": plan.family.title,
-                "scheme": recipe.scheme.name,
-                "method": recipe.method,
-                "blocks": len(plan.blocks),
-                "bytes": {"float_before": plan.float_bytes, "packed": plan.packed_bytes, "kept": plan.other_bytes},
-                "groups": [
-                    {
-                        "group": g.name,
-                        "linears": [p.name for p in g.linears],
-                        "in_features": g.in_features,
-                        "out_features": [p.out_features for p in g.linears],
-                        "group_size": [p.group_size or "channel" for p in g.linears],
-                    }
-                    for g in first
-                ],
-                "ignored": plan.kept,
-                "not_quantized": [*plan.family.encoders, "embeddings", "norms", "lm_head"],
-                "notes": plan.notes,
+                "group": g.name,
+                "linears": [p.name for p in g.linears],
+                "in_features": g.in_features,
+                "out_features": [p.out_features for p in g.linears],
+                "group_size": [p.group_size or "channel" for p in g.linears],
+                "folded_into": g.group.fold_into if smoothed and g.name in recipe.smoothing.groups else None,
+                "patched": recipe.compensation is not None and g.name in recipe.compensation.groups,
             }
-        )
-        return
-    table = Table(title=f"{plan.family.title}: {len(plan.blocks)} blocks, {recipe.scheme.name}, {recipe.method}")
-    for column in ("group", "linears", "in", "out", "group size"):
+            for g in plan.blocks[0]
+        ],
+        "ignored": plan.kept,
+        "not_quantized": {
+            **dict.fromkeys(plan.family.encoders, "an encoder"),
+            **dict.fromkeys(("embeddings", "lm_head"), "outside of the decoder's blocks"),
+            "norms": "no linear",
+            **dict.fromkeys(plan.kept, "ignored by the recipe"),
+        },
+        "notes": plan.notes,
+    }
+
+
+def _show_plan(found: dict[str, Any]) -> None:
+    table = Table(title=f"{found['family']}: {found['blocks']} blocks, {found['scheme']}, {found['method']}")
+    for column in ("group", "linears", "in", "out", "group size", "text's vector goes into", "patch"):
         table.add_column(column)
-    for g in first:
-        sizes = sorted({str(p.group_size or "channel") for p in g.linears})
-        outs = ", ".join(str(p.out_features) for p in g.linears)
-        table.add_row(g.name, ", ".join(p.name for p in g.linears), str(g.in_features), outs, ", ".join(sizes))
+    for g in found["groups"]:
+        sizes = ", ".join(sorted({str(size) for size in g["group_size"]}))
+        outs = ", ".join(map(str, g["out_features"]))
+        patched = "where it pays" if g["patched"] else "no"
+        folded = g["folded_into"] or "not smoothed"
+        table.add_row(g["group"], ", ".join(g["linears"]), str(g["in_features"]), outs, sizes, folded, patched)
     console = Console()
     console.print(table)
+    sizes = found["bytes"]
     console.print(
-        f"decoder linears {_bytes(plan.float_bytes)} -> {_bytes(plan.packed_bytes)} packed; stay in floating point: "
-        f"{_bytes(plan.other_bytes)} ({', '.join(plan.family.encoders)}, embeddings, norms, lm_head)",
+        f"decoder linears {_bytes(sizes['float_before'])} -> {_bytes(sizes['packed'])} packed; "
+        f"{_bytes(sizes['kept'])} stay in floating point:",
         highlight=False,
     )
-    for name in plan.kept:
-        console.print(f"ignored by the recipe: {name}", highlight=False)
-    for note in plan.notes:
+    for name, reason in found["not_quantized"].items():
+        console.print(f"  {name}: {reason}", highlight=False)
+    for note in found["notes"]:
         console.print(f"note: {note}", highlight=False)
 
 
@@ -292,7 +315,8 @@ def inspect(
         )
         return
     if calibration is None:
-        _show_plan(model, Recipe.preset("masquant", scheme.value, _group_size(group_size)), as_json)
+        plan = _plan_dict(model, Recipe.preset("masquant", scheme.value, _group_size(group_size)))
+        _print_json(plan) if as_json else _show_plan(plan)
         return
     rows = activation_ranges(model, calibration, limit=limit, batch_size=batch_size, progress=_progress(quiet))
     if as_json:
@@ -329,13 +353,14 @@ def evaluate(
 
     Example: `masquant evaluate omni-w4a8 --data data/evaluation --baseline Qwen/Qwen2.5-Omni-3B --json result.json`
     """
-    from .api import load_any
+    from .api import load_processor
     from .calibration.dataset import load_samples
     from .checkpoint.store import write_json
-    from .compare import describe, load_processor
+    from .compare import describe
     from .evaluation import evaluate as run
     from .evaluation import evaluation_table
     from .inspection import scheme_of
+    from .integrations.loading import load_any
 
     samples = load_samples(data, limit=limit)
     loaded = load_any(model)
@@ -411,6 +436,108 @@ def check(out: OutArgument, as_json: JsonOption = False) -> None:
         _print_json(found)
     else:
         typer.echo(f"{out}: whole; {found['scheme']}, {found['quantized_linears']} quantized linears")
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or any model.", show_default=False)],
+    image: Annotated[list[Path] | None, typer.Option(help="Picture for the first message; repeatable.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="Sound for the first message; repeatable.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this one message and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="What the system message says.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: the likeliest tokens.", min=0, max=2, show_default="the model's own")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="With --prompt: print JSON.")] = False,
+) -> None:
+    """Talk to a model in the terminal: text, pictures and sounds; /help lists the commands.
+
+    Example: `masquant chat omni-w4a8 --image cat.jpg --prompt "What is shown in the picture?"`
+    """
+    from .api import load_processor
+    from .chat import Chat, attachment, tokens_per_second, typed_lines
+    from .conversation import Responder, Sampling
+    from .integrations.loading import load_any
+
+    if as_json and prompt is None:
+        raise typer.BadParameter("--json needs --prompt")
+    attached = [attachment("image", str(f)) for f in image or ()] + [attachment("audio", str(f)) for f in audio or ()]
+    responder = Responder(load_any(model, dtype=dtype).to(_device(device)), load_processor(model))
+    console = Console(quiet=as_json, force_terminal=False if prompt is not None else None)
+    conversation = Chat(
+        responder, console, system=system, sampling=Sampling(max_new_tokens, temperature), attached=attached
+    )
+    if prompt is None:
+        conversation.run(typed_lines())
+        typer.echo(conversation.summary(), err=True)
+        return
+    answer = conversation.say(prompt)
+    if as_json:
+        from .run import peak_memory
+
+        _print_json(
+            {
+                "answer": conversation.messages[-1].parts[0].content if len(conversation.messages) > 1 else "",
+                "finish_reason": answer.finish_reason,
+                "prompt_tokens": answer.prompt_tokens,
+                "completion_tokens": answer.completion_tokens,
+                "first_token_seconds": answer.first_token_seconds,
+                "tokens_per_second": tokens_per_second([answer]),
+                "model_bytes": conversation.memory,
+                "peak_memory": peak_memory(),
+            }
+        )
+    if answer.finish_reason == "cancelled":
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or any model.", show_default=False)],
+    baseline: Annotated[str | None, typer.Option(help="Float model, served beside it.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: any that is free.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that clients must send.", envvar="MASQUANT_API_KEY", show_default="none")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 1024,
+    max_context: Annotated[int, typer.Option(help="Tokens of a conversation and its answer.", min=1)] = 8192,
+    max_requests: Annotated[int, typer.Option(help="Requests that run or wait; more get 429.", min=1)] = 16,
+    max_megabytes: Annotated[int, typer.Option(help="Size of a request.", min=1)] = 20,
+    max_megapixels: Annotated[int, typer.Option(help="Pictures of a conversation together.", min=1)] = 32,
+    max_audio_seconds: Annotated[int, typer.Option(help="Sounds of a conversation together.", min=1)] = 120,
+    grace: Annotated[int, typer.Option(help="Seconds that answers may go on after SIGTERM.", min=0)] = 30,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Serve a model: OpenAI's chat completions at /v1, and a page at / to show it pictures and sounds.
+
+    Example: `masquant serve omni-w4a8 --baseline Qwen/Qwen2.5-Omni-3B`
+    """
+    from .serving import Limits, serve
+
+    serve(
+        model,
+        baseline,
+        host=host,
+        port=port,
+        api_key=api_key,
+        limits=Limits(
+            requests=max_requests,
+            request_bytes=max_megabytes * 2**20,
+            new_tokens=max_new_tokens,
+            context_tokens=max_context,
+            pixels=max_megapixels * 10**6,
+            audio_seconds=max_audio_seconds,
+        ),
+        grace_seconds=grace,
+        device=_device(device),
+        dtype=dtype,
+        note=lambda text: typer.echo(text, err=True),
+    )
 
 
 @app.command()

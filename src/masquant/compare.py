@@ -9,11 +9,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .api import load_any, resident_bytes
+from .api import load_processor, resident_bytes
 from .calibration.dataset import Sample
 from .evaluation import Evaluation, ModelDescription, evaluate, score_baseline
+from .integrations.loading import load_any
 from .pipeline import Calibration, QuantizationReport, quantize
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
@@ -30,14 +31,9 @@ def describe(model: PreTrainedModel, name: str, scheme: str, num_parameters: int
         bytes={
             "base": sizes["packed"] + sizes["smooth_scale"],
             "compensation": sizes["compensation"],
-            "float": sizes["float"],
+            "float": sizes["float"] + sizes["lm_head"],
         },
     )
-
-
-def load_processor(path: str | Path) -> Any:
-    """The processor of a model folder or hub id."""
-    return AutoProcessor.from_pretrained(path)
 
 
 def compare(

@@ -20,3 +20,7 @@ class DataError(MasquantError):
 
 class CheckpointError(MasquantError):
     """A checkpoint that is incomplete, altered, of another version, or in the way."""
+
+
+class KernelError(MasquantError):
+    """A CPU kernel that was asked for and is not there, or ran out of memory."""

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .api import load, load_any, resident_bytes
+from .api import load, load_processor, resident_bytes
 from .calibration.dataset import load_samples
 from .checkpoint.format import QUANT_METHOD
-from .compare import load_processor
+from .integrations.loading import load_streamed
 from .integrations.transformers import quantized_linears, read_headers
 from .modality import ModalityState
 from .models import modality_tokens_of
@@ -85,16 +85,18 @@ def activation_ranges(
     model: str | Path, calibration: Path, *, limit: int | None, batch_size: int, progress: AbstractProgress
 ) -> list[dict[str, Any]]:
     """Per block and group: each modality's largest magnitude and its misalignment with text; the model in float."""
-    loaded = load_any(model)
+    device = torch.device("cpu")
+    blocks = load_streamed(model, dtype="auto", device=device)
     recipe = Recipe.preset("rtn")
-    plan = make_plan(loaded, recipe)
-    state = ModalityState(modality_tokens_of(loaded.config))
+    plan = make_plan(blocks.model, recipe)
+    state = ModalityState(modality_tokens_of(blocks.model.config))
     samples = load_samples(calibration, limit=limit)
-    inputs = Calibration(samples, batch_size).block_inputs(loaded, load_processor(model), progress)
-    run = Run(loaded, recipe, plan, state, inputs, loaded.device, [], progress)
+    inputs = Calibration(samples, batch_size, shared=False).block_inputs(blocks, load_processor(model), progress)
+    run = Run(blocks, recipe, plan, state, inputs, device, [], progress)
     rows = []
     for index in progress.track(range(len(plan.blocks)), "measuring", len(plan.blocks), "block"):
-        targets, statistics = run.observe(run.prepare(index), index, plan.blocks[index])
+        targets = inputs.hidden.empty()
+        statistics = run.observe(run.prepare(index), index, plan.blocks[index], targets)
         for group in plan.blocks[index]:
             found = statistics[group.name].fitting
             names = [m.value for m in state.tokens.modalities]
@@ -111,6 +113,6 @@ def activation_ranges(
                     },
                 }
             )
-        for i, target in enumerate(targets):
-            inputs.hidden[i] = target
+        for i in range(len(targets)):
+            inputs.hidden[i] = targets[i]
     return rows

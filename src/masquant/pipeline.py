@@ -21,28 +21,30 @@ from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from .block import stream_samples
-from .calibration.block_inputs import BlockInputs, capture_block_inputs
+from .blocks import AbstractBlocks, ResidentBlocks
+from .calibration.block_inputs import BlockInputs, HiddenStates, capture_block_inputs
 from .calibration.dataset import Sample, load_samples
-from .calibration.encoding import SampleEncoder, group_batches
+from .calibration.encoding import SampleEncoder, in_batches
 from .calibration.gradients import TokenGradients, token_gradients
 from .calibration.media import content_digest
-from .checkpoint.format import CheckpointFormat, make_format
+from .checkpoint.format import CheckpointFormat, HeadFormat, make_format
 from .checkpoint.store import BlockStore, digest, tensor_digest
+from .distributed import gather, own_range, rank, world_size
 from .errors import DataError, RecipeError
 from .integrations.transformers import adopt
 from .modality import Modality, ModalityState, attach_routing
-from .models import ModelFamily, core_of, decoder_blocks, decoder_of, family_of, modality_tokens_of
+from .models import ModelFamily, decoder_of, family_of, modality_tokens_of
 from .plan import make_plan
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
 from .rotation_learning import learn_rotation
 from .run import Run, peak_memory
+from .runtime.head import quantize_head
 from .runtime.transforms import LEARNED_ROTATION, attach_residual_rotation
 from .version import __version__
 
 COMPARED_BLOCKS = 2  # on which rotations are tried
 WORST_CHANGE = 1.25  # of a modality's error, up to which rotations that help the others are kept
-SPILL_BYTES = 8 * 2**30  # hidden states beyond this go to a temporary folder
 
 
 @dataclass
@@ -115,53 +117,102 @@ def quantize(
     Raises:
         MasquantError: see its children; the model is unchanged if the error comes before the first block.
     """
-    start = time.monotonic()
-    progress = progress or NoProgress()
     recipe = recipe or Recipe.preset("masquant", scheme)
-    device = torch.device(device or model.device)
+    make_plan(model, recipe)  # refuses before anything is read
+    calibration = (
+        samples if isinstance(samples, Calibration) else Calibration(load_samples(samples), batch_size, shared=False)
+    )
+    store = None
+    if work_folder is not None and rank() == 0:
+        fingerprint = run_fingerprint({"tensors": tensor_digest(dict(model.state_dict()))}, recipe, calibration)
+        store = BlockStore(work_folder, fingerprint, resume=resume)
+    device, progress = torch.device(device or model.device), progress or NoProgress()
+    report, state = quantize_blocks(ResidentBlocks(model), processor, calibration, recipe, device, progress, store)
+    attach_routing(model, decoder_of(model), state)
+    attach_residual_rotation(decoder_of(model), report.recipe.rotations, family_of(model.config).stream_inputs)
+    adopt(model, report.format)
+    return report
+
+
+@torch.no_grad()
+def quantize_blocks(
+    blocks: AbstractBlocks,
+    processor: Any,
+    calibration: Calibration,
+    recipe: Recipe,
+    device: torch.device,
+    progress: AbstractProgress,
+    store: BlockStore | None,
+) -> tuple[QuantizationReport, ModalityState]:
+    """Quantize a model's blocks one after the other, wherever they come from and go to.
+
+    Args:
+        blocks: of the float model.
+        processor: the model's.
+        calibration: its samples.
+        recipe: what to do.
+        device: where blocks are solved.
+        progress: receives what happens.
+        store: takes finished blocks, and gives those of an interrupted run.
+
+    Returns:
+        What was done, and the modality state that the quantized linears share.
+    """
+    start = time.monotonic()
+    if world_size() > 1 and (recipe.smoothing.learned or recipe.refinement):
+        raise RecipeError(
+            f"learned smoothing and refinement run in one process, not in {world_size()}; leave them out of the recipe"
+        )
+    if world_size() > 1 and any(gather(store is not None and store.resumed)):
+        raise RecipeError("a run of several processes cannot be resumed; resume it in one, or start anew")
+    model = blocks.model.eval()
     plan = make_plan(model, recipe)
     recipe, left_out = without_inexact(recipe, plan.family)
-    whole, model = model, core_of(model)
-    calibration = samples if isinstance(samples, Calibration) else Calibration(load_samples(samples), batch_size)
-    model.eval()
     state = ModalityState(modality_tokens_of(model.config))
-    store = open_store(whole, recipe, calibration.samples, work_folder, resume) if work_folder else None
-    inputs = calibration.block_inputs(model, processor, progress)
-    gradients = calibration.gradients(model, recipe, inputs, device, progress)
+    inputs = calibration.block_inputs(blocks, processor, progress)
+    gradients = calibration.gradients(blocks, recipe, inputs, device, progress)
+    head = HeadFormat(quantize_head(model)) if recipe.quantize_lm_head else None
+    blocks.leave_rest()
     counts = modality_counts(inputs, state.tokens.modalities)
     notes = [*plan.notes, *left_out, *missing_notes(counts)]
     for note in notes:
         progress.note(note)
     if recipe.rotation is not None and recipe.rotation.compare:
-        rotated, note = rotation_pays(Run(model, recipe, plan, state, inputs, device, [], progress))
+        rotated, note = rotation_pays(Run(blocks, recipe, plan, state, inputs, device, [], progress))
         notes.append(note)
         recipe = recipe if rotated else replace(recipe, rotation=None)
-    learned = learned_rotation(model, recipe, device, progress)
-    inputs = rotate_stream(inputs, recipe, model.get_input_embeddings().embedding_dim, learned)
+    learned = learned_rotation(blocks, recipe, device, progress)
+    if learned is not None:
+        blocks.add(LEARNED_ROTATION, learned)
+    inputs = rotate_stream(inputs, recipe, blocks.hidden_size, learned)
     held_back = held_back_ids(calibration.samples, recipe.selection.held_back) if recipe.selection else set()
     if recipe.selection and not held_back:
         notes.append(
             "no task has the four calibration samples that holding one back needs: no candidates were compared"
         )
         progress.note(notes[-1])
-    run = Run(model, recipe, plan, state, inputs, device, notes, progress, held_back, gradients)
+    run = Run(blocks, recipe, plan, state, inputs, device, notes, progress, held_back, gradients)
     run.learned_rotation = learned
+    run.moment_bytes = calibration.memory
     run.spend()
-    records = [run.block(index, store) for index in progress.track(
-        range(len(plan.blocks)), "quantizing", len(plan.blocks), "block"
-    )]  # fmt: skip
+    records = []
+    done = [0, 0]
+    for index in progress.track(range(len(plan.blocks)), "quantizing", len(plan.blocks), "block"):
+        records.append(run.block(index, store))
+        done[0] += (
+            sum(p.in_features * p.out_features for g in plan.blocks[index] for p in g.linears) * run.dtype.itemsize
+        )
+        done[1] += sum(sum(g["bytes"].values()) for g in records[-1]["groups"])
+        progress.status(
+            f"{done[0] / 2**20:.0f} -> {done[1] / 2**20:.0f} MiB, peak memory {peak_memory() / 2**30:.2f} GiB"
+        )
     checkpoint = make_format(
-        plan.family, run.plan.blocks, recipe.scheme.input_activations, recipe.ignore, run.sites, recipe.rotations
+        plan.family, run.plan.blocks, recipe.scheme.input_activations, recipe.ignore, run.sites, recipe.rotations, head
     )
-    attach_routing(whole, decoder_of(model), state)
-    if learned is not None:
-        decoder_of(model).register_buffer(LEARNED_ROTATION, learned)
-    attach_residual_rotation(decoder_of(model), recipe.rotations, plan.family.stream_inputs)
-    adopt(whole, checkpoint)
     used = {"num_samples": len(calibration.samples), "tokens": {m.value: n for m, n in counts.items()}}
     sizes = {key: sum(g["bytes"][key] for r in records for g in r["groups"]) for key in
              ("packed", "smooth_scale", "compensation")}  # fmt: skip
-    return QuantizationReport(
+    report = QuantizationReport(
         recipe,
         checkpoint,
         used,
@@ -171,19 +222,18 @@ def quantize(
         time.monotonic() - start,
         peak_memory(),
     )
+    return report, state
 
 
-def open_store(
-    model: PreTrainedModel, recipe: Recipe, samples: Sequence[Sample], folder: Path, resume: bool
-) -> BlockStore:
-    """The run's finished blocks, under a fingerprint of all that determines them."""
-    fingerprint = {
-        "model": tensor_digest(dict(model.state_dict())),
-        "recipe": digest(recipe.to_dict()),
-        "calibration": digest({s.id: sample_digest(s) for s in samples}),
-        "versions": f"masquant {__version__}, torch {torch.__version__}, transformers {transformers_version}",
+def run_fingerprint(model: Mapping[str, str], recipe: Recipe, calibration: Calibration) -> dict[str, Any]:
+    """All that determines what a run writes: digests of the model, the recipe, digests of the samples, versions."""
+    return {
+        "model": dict(model),
+        "recipe": recipe.to_dict(),
+        "calibration": {s.id: sample_digest(s) for s in calibration.samples},
+        "batch_size": calibration.batch_size,
+        "versions": {"masquant": __version__, "torch": torch.__version__, "transformers": transformers_version},
     }
-    return BlockStore(folder, fingerprint, resume=resume)
 
 
 def sample_digest(sample: Sample) -> str:
@@ -208,8 +258,24 @@ class Calibration:
     """Samples, and what all recipes for one model get from them: the blocks' inputs, captured when first asked for,
     and the answers' gradients, measured when a recipe first needs them."""
 
-    def __init__(self, samples: Sequence[Sample], batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        batch_size: int = 8,
+        *,
+        shared: bool = True,
+        memory: int | None = None,
+        folder: Path | None = None,
+    ) -> None:
         """Take samples.
+
+        Args:
+            samples: at least one.
+            batch_size: samples that run together.
+            shared: whether more than one recipe will use it.
+            memory: bytes that one set of hidden states, and the second moments collected together, may take in memory;
+                None for all.
+            folder: where the rest goes; default the system's temporary folder.
 
         Raises:
             DataError: there are none.
@@ -217,29 +283,41 @@ class Calibration:
         if not samples:
             raise DataError("no samples: calibration needs at least one")
         self.samples, self.batch_size = samples, batch_size
+        self.shared, self.memory, self.folder = shared, memory, folder
         self._inputs: BlockInputs | None = None
         self._gradients: dict[tuple[int, int], TokenGradients] = {}
 
-    def block_inputs(self, model: PreTrainedModel, processor: Any, progress: AbstractProgress) -> BlockInputs:
+    def block_inputs(self, blocks: AbstractBlocks, processor: Any, progress: AbstractProgress) -> BlockInputs:
         """What the decoder's blocks are called with: encoders and embeddings run on the samples."""
-        if self._inputs is None:
-            encoder = SampleEncoder(processor)
-            if family_of(model.config).mixes_media:
-                total, batches = (
-                    -(-len(self.samples) // self.batch_size),
-                    encoder.batches(self.samples, self.batch_size),
+        inputs = self._inputs
+        if inputs is None:
+            parts = in_batches(self.samples, self.batch_size, mixed=blocks.family.mixes_media)
+            own = own_range(len(parts))
+            total = len(own)
+            if not min(gather(total)):
+                raise DataError(
+                    f"{len(self.samples)} samples in batches of {self.batch_size} are too few for {world_size()} "
+                    "processes; take a smaller --batch-size, more samples or fewer processes"
                 )
-            else:
-                total, batches = group_batches(encoder, self.samples, self.batch_size)
+            encoder = SampleEncoder(processor)
+            batches = (encoder.encode(parts[i]) for i in own)
             tracked = progress.track(batches, "reading samples", total, "batch")
-            size = len(self.samples) * 2048 * model.get_input_embeddings().embedding_dim * 4
-            tokens = modality_tokens_of(model.config)
-            self._inputs = capture_block_inputs(model, tracked, tokens, spill=size > SPILL_BYTES)
-        return self._inputs.copy()
+            inputs = capture_block_inputs(
+                blocks.model,
+                tracked,
+                modality_tokens_of(blocks.model.config),
+                first=blocks.copy(0).to(blocks.model.device),
+                hidden=HiddenStates(self.memory, self.folder),
+            )
+            inputs = replace(inputs, first=own.start)
+        if not self.shared:
+            return inputs
+        self._inputs = inputs
+        return inputs.copy()
 
     def gradients(
         self,
-        model: PreTrainedModel,
+        blocks: AbstractBlocks,
         recipe: Recipe,
         inputs: BlockInputs,
         device: torch.device,
@@ -254,12 +332,12 @@ class Calibration:
         """
         if not recipe.needs_gradients:
             return None
-        if not any(bool(batch.answers.any()) for batch in inputs.batches):
+        if not any(gather(any(bool(batch.answers.any()) for batch in inputs.batches))):
             raise DataError("no calibration sample has an answer or a text: nothing to measure gradients of")
         key = recipe.gradient.samples, recipe.seed
         if key not in self._gradients:
             self._gradients[key] = token_gradients(
-                model, inputs, samples=key[0], seed=key[1], device=device, progress=progress
+                blocks, inputs, samples=key[0], seed=key[1], device=device, progress=progress
             )
         return self._gradients[key]
 
@@ -274,7 +352,7 @@ def rotation_pays(run: Run) -> tuple[bool, str]:
     count = min(COMPARED_BLOCKS, len(run.plan.blocks))
     change: dict[str, float] = {}
     for candidate, sign in ((recipe, 1), (replace(recipe, rotation=None), -1)):
-        inputs = rotate_stream(run.inputs.copy(), candidate, run.model.get_input_embeddings().embedding_dim, None)
+        inputs = rotate_stream(run.inputs.copy(), candidate, run.blocks.hidden_size, None)
         trial = replace(run, recipe=candidate, inputs=inputs, notes=[], sites={})
         for index in range(count):
             for modality, error in trial.rehearse(index).items():
@@ -286,20 +364,20 @@ def rotation_pays(run: Run) -> tuple[bool, str]:
 
 
 def learned_rotation(
-    model: PreTrainedModel, recipe: Recipe, device: torch.device, progress: AbstractProgress
+    blocks: AbstractBlocks, recipe: Recipe, device: torch.device, progress: AbstractProgress
 ) -> Tensor | None:
     """The learned part of the residual stream's rotation [hidden, hidden], if the recipe has one."""
     args = recipe.rotation.learned if recipe.rotation else None
     if args is None:
         return None
-    size = model.get_input_embeddings().embedding_dim
+    size = blocks.hidden_size
     assert recipe.rotations is not None
     rotation = recipe.rotations.of_residual(size)
     assert rotation is not None
     group_size = recipe.scheme.weights.group_size_for(size) or size
     readers, writers = [], []
-    for block in decoder_blocks(model):
-        reads, writes = stream_samples(block, family_of(model.config), rotation, group_size, args.rows)
+    for index in range(len(blocks)):
+        reads, writes = stream_samples(blocks.copy(index), blocks.family, rotation, group_size, args.rows)
         readers += [rows.to(device) for rows in reads]
         writers += [columns.to(device) for columns in writes]
     found = learn_rotation(readers, writers, group_size, args)
@@ -340,7 +418,7 @@ def without_inexact(recipe: Recipe, family: ModelFamily) -> tuple[Recipe, list[s
 def modality_counts(inputs: BlockInputs, modalities: Sequence[Modality]) -> dict[Modality, int]:
     """Calibration tokens per modality, without padding."""
     return {
-        modality: sum(int(((b.ids == row) & b.mask).sum()) for b in inputs.batches)
+        modality: sum(gather(sum(int(((b.ids == row) & b.mask).sum()) for b in inputs.batches)))
         for row, modality in enumerate(modalities)
     }
 

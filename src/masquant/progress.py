@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -18,6 +18,10 @@ class AbstractProgress(ABC):
         """Yield `items`, showing rate and time left."""
 
     @abstractmethod
+    def status(self, text: str) -> None:
+        """Say how far the tracked work is, beside its rate and time left."""
+
+    @abstractmethod
     def note(self, message: str) -> None:
         """Say something that a user should know."""
 
@@ -27,6 +31,9 @@ class NoProgress(AbstractProgress):
 
     def track(self, items: Iterable[T], description: str, total: int, unit: str) -> Iterator[T]:
         yield from items
+
+    def status(self, text: str) -> None:
+        pass
 
     def note(self, message: str) -> None:
         pass
@@ -39,6 +46,7 @@ class RichProgress(AbstractProgress):
         from rich.console import Console
 
         self.console = Console(stderr=True)
+        self._update: Callable[[str], None] = lambda _: None
 
     def track(self, items: Iterable[T], description: str, total: int, unit: str) -> Iterator[T]:
         from rich.progress import (
@@ -65,12 +73,17 @@ class RichProgress(AbstractProgress):
             Rate(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}", style="dim"),
         )
         with Progress(*columns, console=self.console, transient=not self.console.is_terminal) as bar:
-            task = bar.add_task(description, total=total)
+            task = bar.add_task(description, total=total, status="")
+            self._update = lambda text: bar.update(task, status=text)
             for item in items:
                 yield item
                 bar.advance(task)
+
+    def status(self, text: str) -> None:
+        self._update(text)
 
     def note(self, message: str) -> None:
         self.console.print(message, style="yellow", highlight=False)

@@ -376,7 +376,8 @@ class Recipe:
         modality_weights: importance of each modality's error, or "gradient": by the mean magnitude of the answers'
             gradient at its tokens, per block (MBQ, arXiv 2412.19509).
         ignore: linears that stay in floating point: names below the decoder, or "re:" and a regular expression.
-        encoders, lm_head, embeddings and everything outside of the decoder blocks always stay in floating point.
+        Encoders and everything else outside of the decoder blocks always stay in floating point.
+        quantize_lm_head: embeddings and head get 8-bit rows; a head that is tied to the embeddings stays so.
     """
 
     scheme: Scheme = Scheme()
@@ -394,6 +395,7 @@ class Recipe:
         default_factory=lambda: dict.fromkeys(Modality, 1.0)
     )
     ignore: tuple[str, ...] = ()
+    quantize_lm_head: bool = False
     seed: int = 0
     version: int = RECIPE_VERSION
 

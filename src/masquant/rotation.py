@@ -99,6 +99,13 @@ class Rotation:
             y = y @ learned
         return y.to(x.dtype)
 
+    def signs_and_odd_part(self) -> tuple[Tensor, Tensor]:
+        """What a kernel needs: signs [size] and the odd factor [odd, odd], float32; the rest are Hadamard matrices."""
+        odd = self.size
+        while odd % 2 == 0:
+            odd //= 2
+        return signs(self.size, self.seed).float(), cosine_transform(odd).float()
+
     def matrix(self) -> Tensor:
         """R, float64 [size, size]."""
         return self.apply(torch.eye(self.size, dtype=torch.float64))

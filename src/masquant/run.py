@@ -6,27 +6,27 @@ from __future__ import annotations
 import platform
 import resource
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
-from copy import deepcopy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .allocation import Option, options_of
 from .block import apply_solutions, group_record, rotate_block, solve_block, stacked_fold, stacked_weight
+from .blocks import AbstractBlocks
 from .calibration.block_inputs import BlockInputs, HiddenStates
 from .calibration.gradients import TokenGradients
-from .calibration.statistics import GroupStatistics, collect_statistics
+from .calibration.statistics import GroupStatistics, collect_statistics, moment_bytes
 from .checkpoint.format import Site, parse_site
 from .checkpoint.store import BlockStore
+from .distributed import sum_over_processes
 from .errors import ModelError
 from .modality import Modality, ModalityState
-from .models import decoder_blocks, decoder_of, experts_in, linear_of, linearize, token_rows
+from .models import core_of, decoder_of, experts_in, linear_of, token_rows
 from .plan import GroupPlan, Plan, folds_text, group_rotation, site_key
 from .progress import AbstractProgress
 from .recipe import Recipe
@@ -65,7 +65,7 @@ def restore_dtype(block: nn.Module, dtype: torch.dtype) -> None:
 class Run:
     """One model being quantized, block by block."""
 
-    model: PreTrainedModel
+    blocks: AbstractBlocks
     recipe: Recipe
     plan: Plan
     state: ModalityState
@@ -79,11 +79,28 @@ class Run:
     float_hidden: HiddenStates | None = None
     spending: Spending | None = None
     learned_rotation: Tensor | None = None
+    moment_bytes: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         learned = self.recipe.smoothing.learned
         if learned is not None and learned.target == "float_chain":
             self.float_hidden = self.inputs.hidden.copy()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the seconds of a stage; what other stages take inside of it is theirs."""
+        start, before = time.monotonic(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            others = sum(self.seconds.values()) - before
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start - others
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model."""
+        return core_of(self.blocks.model).dtype
 
     def block(self, index: int, store: BlockStore | None) -> dict[str, Any]:
         """Quantize (or take from `store`) one block, and advance the hidden states through it."""
@@ -95,15 +112,18 @@ class Run:
             self.advance_float(block, index)
             record = self.restore(block, index, groups, *finished)
             self.advance(block, index)
-            restore_dtype(block, self.model.dtype)
+            restore_dtype(block, self.dtype)
         else:
+            noted = len(self.notes)
             record = self.solve(block, index, groups)
             record["seconds"] = time.monotonic() - start
             record["peak_memory"] = peak_memory()
-            restore_dtype(block, self.model.dtype)
+            restore_dtype(block, self.dtype)
             if store:
-                store.save(index, block.state_dict(), {**record, "sites": _site_dicts(self.sites, index)})
-        block.to(self.model.device)
+                tensors = {self.blocks.prefix(index) + name: t for name, t in block.state_dict().items()}
+                kept = {"sites": _site_dicts(self.sites, index), "notes": self.notes[noted:]}
+                store.save(index, tensors, {**record, **kept})
+        self.blocks.finish(block)
         return record
 
     def rehearse(self, index: int) -> dict[str, float]:
@@ -113,41 +133,49 @@ class Run:
 
     def prepare(self, index: int, *, copy: bool = False) -> nn.Module:
         """The block (or a copy) on the run's device, in float32 and rotated if the recipe says so."""
-        block = decoder_blocks(self.model)[index]
-        block = linearize(deepcopy(block) if copy else block, self.plan.family).to(self.device).float()
+        block = (self.blocks.copy(index) if copy else self.blocks.take(index)).to(self.device).float()
         experts = experts_in(block)
         if experts is not None:
             experts.state = self.state
         if self.recipe.rotations is not None:
-            config = decoder_of(self.model).config
+            config = decoder_of(self.blocks.model).config
             rotations, learned = self.recipe.rotations, self.learned_rotation
             rotate_block(block, self.plan.family, self.plan.blocks[index], rotations, config, learned)
         return block
 
     def solve(self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...]) -> dict[str, Any]:
         """Quantize one block; its report."""
-        targets, statistics = self.observe(block, index, groups)
-        self.check(index, statistics)
+        targets = self.inputs.hidden.empty()
+        parts = (groups,) if self.recipe.smoothing.learned else self.parts(groups)
+        statistics = self.observe(block, index, parts[-1], targets)
         self.advance_float(block, index)
-        learned, learning = self.learn(block, index, groups, statistics, targets)
-        config = decoder_of(self.model).config
-        solutions, folds = solve_block(
-            block,
-            self.plan.family,
-            groups,
-            statistics,
-            self.state,
-            self.recipe,
-            config,
-            learned,
-            lambda group: self.modality_weights(index, group),
-            lambda group, spent: self.terms(index, group, spent),
-            self.model.dtype,
-        )
-        final, refining = self.refine(block, index, groups, solutions, folds, targets)
-        sites = apply_solutions(
-            block, self.plan.family, groups, final, folds, self.state, self.recipe, self.model.dtype
-        )
+        with self.timed("learn"):
+            learned, learning = self.learn(block, index, groups, statistics, targets)
+
+        def take_statistics(name: str) -> GroupStatistics:
+            if name not in statistics:
+                statistics.update(self.observe(block, index, next(p for p in parts if name in {g.name for g in p})))
+            return statistics.pop(name)
+
+        config = decoder_of(self.blocks.model).config
+        with self.timed("solve"):
+            solutions, folds = solve_block(
+                block,
+                self.plan.family,
+                groups,
+                take_statistics,
+                self.state,
+                self.recipe,
+                config,
+                learned,
+                lambda group: self.modality_weights(index, group),
+                lambda group, spent: self.terms(index, group, spent),
+                self.dtype,
+            )
+        with self.timed("refine"):
+            final, refining = self.refine(block, index, groups, solutions, folds, targets)
+        with self.timed("apply"):
+            sites = apply_solutions(block, self.plan.family, groups, final, folds, self.state, self.recipe, self.dtype)
         if self.spending is not None:
             self.spending.left -= sum(added_bytes(s) for s in solutions.values())
         self.sites.update({site_key(index, name): site for name, site in sites.items() if site != Site()})
@@ -160,15 +188,41 @@ class Run:
             **refining,
         }
 
+    def parts(self, groups: tuple[GroupPlan, ...]) -> list[tuple[GroupPlan, ...]]:
+        """The groups, in order, in parts of at least one whose second moments fit into `moment_bytes`."""
+        if self.moment_bytes is None or not self.recipe.needs_moments:
+            return [groups]
+        parts: list[tuple[GroupPlan, ...]] = []
+        size = 0
+        for group in groups:
+            more = len(self.state.tokens.modalities) * moment_bytes(group.in_features)
+            if not parts or size + more > self.moment_bytes:
+                parts.append(())
+                size = 0
+            parts[-1] = (*parts[-1], group)
+            size += more
+        return parts
+
     def observe(
-        self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...]
-    ) -> tuple[list[Tensor], dict[str, GroupStatistics]]:
-        """The float block's outputs on the quantized chain, and statistics of its groups' inputs meanwhile."""
-        targets: dict[int, Tensor] = {}
+        self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...], targets: HiddenStates | None = None
+    ) -> dict[str, GroupStatistics]:
+        """Statistics of groups' inputs while the float block runs on the quantized chain; its outputs go to `targets`.
+
+        Raises:
+            ModelError: an input is not finite.
+        """
+        with self.timed("observe"):
+            return self._observe(block, index, groups, targets)
+
+    def _observe(
+        self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...], targets: HiddenStates | None
+    ) -> dict[str, GroupStatistics]:
         inputs = self.inputs
 
         def forward(i: int) -> None:
-            targets[i] = inputs.run(block, index, i, inputs.hidden[i], self.device).cpu()
+            output = inputs.run(block, index, i, inputs.hidden[i], self.device)
+            if targets is not None and len(targets) == i:  # experts' tokens are counted in a pass before
+                targets.append(output)
 
         batches = [
             (b.ids, b.mask, torch.tensor([name in self.held_back for name in b.samples])) for b in inputs.batches
@@ -183,7 +237,8 @@ class Run:
             self.recipe.needs_moments,
             self.token_weights(index),
         )
-        return [targets[i] for i in range(len(batches))], statistics
+        self.check(index, statistics)
+        return statistics
 
     def token_weights(self, index: int) -> dict[str, list[Tensor]] | None:
         """Weights of the tokens in the block's statistics, per group and batch."""
@@ -204,8 +259,8 @@ class Run:
         for index in self.progress.track(indices, "expecting losses", len(indices), "block"):
             groups = self.plan.blocks[index]
             block = probe.prepare(index, copy=True)
-            outputs, statistics = probe.observe(block, index, groups)
-            self.check(index, statistics)
+            outputs = probe.inputs.hidden.empty()
+            statistics = probe.observe(block, index, groups, outputs)
             for group in groups:
                 moment = statistics[group.name].merged().moment
                 assert moment is not None
@@ -218,8 +273,8 @@ class Run:
                     weights.num_bits,
                     weights.full_range,
                 )
-            for i, output in enumerate(outputs):
-                probe.inputs.hidden[i] = output
+            for i in range(len(outputs)):
+                probe.inputs.hidden[i] = outputs[i]
         return options
 
     def spend(self) -> None:
@@ -277,7 +332,7 @@ class Run:
         index: int,
         groups: tuple[GroupPlan, ...],
         statistics: Mapping[str, GroupStatistics],
-        targets: Sequence[Tensor],
+        targets: HiddenStates,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Vectors learned on the block's output, and what to report of it; nothing if the recipe has none."""
         args = self.recipe.smoothing.learned
@@ -307,7 +362,7 @@ class Run:
             }
 
         hidden, float_hidden = self.inputs.hidden, self.float_hidden
-        wanted = targets if float_hidden is None else [float_hidden[i] for i in range(len(float_hidden))]
+        wanted = targets if float_hidden is None else float_hidden
         result = learn_vectors(
             block,
             initial,
@@ -332,7 +387,7 @@ class Run:
         groups: tuple[GroupPlan, ...],
         solutions: Mapping[str, GroupSolution],
         folds: Mapping[str, Tensor],
-        targets: Sequence[Tensor],
+        targets: HiddenStates,
     ) -> tuple[Mapping[str, GroupSolution], dict[str, Any]]:
         """Solutions refined on the block's output, and what to report of it; unchanged if the recipe has none."""
         args = self.recipe.refinement
@@ -367,12 +422,16 @@ class Run:
             split.append((b.ids.to(self.device), fit.to(self.device), decide.to(self.device)))
         return split
 
-    def advance(self, block: nn.Module, index: int, targets: Sequence[Tensor] = ()) -> dict[str, float]:
+    def advance(self, block: nn.Module, index: int, targets: HiddenStates | None = None) -> dict[str, float]:
         """Run the quantized block and make its outputs the next inputs.
 
         Returns:
             Per modality, the relative squared error of the outputs, if `targets` are given.
         """
+        with self.timed("advance"):
+            return self._advance(block, index, targets)
+
+    def _advance(self, block: nn.Module, index: int, targets: HiddenStates | None) -> dict[str, float]:
         modalities = self.state.tokens.modalities
         error = torch.zeros(len(modalities), 2, dtype=torch.float64)
         for i, batch in enumerate(self.inputs.batches):
@@ -382,12 +441,14 @@ class Run:
             finally:
                 self.state.set(None)
             self.inputs.hidden[i] = output
-            if targets:
-                difference = (output.double() - targets[i].double()).square().sum(-1)
-                energy = targets[i].double().square().sum(-1)
+            if targets is not None:
+                target = targets[i]
+                difference = (output - target).square().sum(-1, dtype=torch.float64)
+                energy = target.square().sum(-1, dtype=torch.float64)
                 for m in range(len(modalities)):
                     chosen = (batch.ids == m) & batch.mask
                     error[m] += torch.stack((difference[chosen].sum(), energy[chosen].sum()))
+        sum_over_processes(error)
         return {m.value: float(e / n) for m, (e, n) in zip(modalities, error, strict=True) if n}
 
     def restore(
@@ -399,6 +460,7 @@ class Run:
         record: dict[str, Any],
     ) -> dict[str, Any]:
         """Put a finished block in place."""
+        self.notes += record.pop("notes")
         modalities = self.state.tokens.modalities
         sites = {name: parse_site(name, entry, modalities) for name, entry in record.pop("sites").items()}
         for group in groups:
@@ -414,7 +476,7 @@ class Run:
                 factors=site.factors,
                 rotation=group_rotation(group, self.recipe.rotations),
                 state=self.state,
-                dtype=self.model.dtype,
+                dtype=self.dtype,
                 device=self.device,
             )
         block.load_state_dict(dict(tensors))

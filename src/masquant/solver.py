@@ -153,10 +153,13 @@ class Fit:
         return self.statistics.moment
 
     @cached_property
-    def energy(self) -> Tensor:
-        """(X_m^T X_m) * (W^T W) elementwise, [modalities, in, in]; it sums to ||X_m W^T||^2."""
-        gram = self.problem.weight.t() @ self.problem.weight
-        return self.moment * gram.to(self.moment.dtype)
+    def gram(self) -> Tensor:
+        """W^T W, float32 [in, in]."""
+        return self.problem.weight.t() @ self.problem.weight
+
+    def energy(self, m: int) -> Tensor:
+        """(X_m^T X_m) * (W^T W) elementwise, [in, in], of modality number m; it sums to ||X_m W^T||^2."""
+        return self.moment[m] * self.gram
 
     @cached_property
     def importance(self) -> list[float]:
@@ -166,7 +169,7 @@ class Fit:
         for m, modality in enumerate(self.problem.modalities):
             factor = float(self.problem.modality_weights[modality]) if self.statistics.counts[m] else 0.0
             if recipe.rounding.balance == "modality":
-                energy = float(self.energy[m].sum())
+                energy = float(self.energy(m).sum())
                 factor = factor / energy if energy > 0 else 0.0
             factors.append(factor)
         largest = max(factors)
@@ -298,7 +301,7 @@ def _vectors(fit: Fit, choice: Choice) -> tuple[Tensor, Tensor]:
         if statistics.counts[m] == 0 or (problem.learned is None and choice.spread == 0):
             ratio[m] = 1.0
         else:
-            ratio[m] *= gauge(fit.energy[m], ratio[m])
+            ratio[m] *= gauge(fit.energy(m), ratio[m])
     return text, ratio.to(SMOOTH_DTYPE).float()
 
 

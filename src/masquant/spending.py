@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from .allocation import Option, allocate
 from .calibration.block_inputs import BlockBatch
 from .calibration.gradients import TokenGradients
+from .distributed import gather
 from .plan import Plan, site_key
 from .recipe import BudgetArgs
 
@@ -20,7 +21,7 @@ def loss_per_error(
     gradients: TokenGradients, batches: Sequence[BlockBatch], block: int, group: str, cap: float
 ) -> float:
     """Loss per answer token of one squared error at one token of weight 1, summed over the group's outputs."""
-    answers = sum(int(b.answers.sum()) for b in batches)
+    answers = sum(gather(sum(int(b.answers.sum()) for b in batches)))
     _, mean = gradients.capped(block, group, [b.mask for b in batches], cap)
     return mean / (2 * answers)
 

@@ -10,6 +10,7 @@ from tiny_models import FAMILIES, tiny_model, tiny_processor, tiny_samples
 from torch import Tensor
 
 import masquant
+from masquant.blocks import ResidentBlocks
 from masquant.calibration.block_inputs import capture_block_inputs
 from masquant.calibration.encoding import SampleEncoder
 from masquant.calibration.gradients import TokenGradients, token_gradients
@@ -32,7 +33,9 @@ def test_block_by_block_is_backpropagation_through_the_model(family: str, tmp_pa
     batch = next(iter(SampleEncoder(tiny_processor(family)).batches(samples, 4)))
     inputs = capture_block_inputs(model, [batch], modality_tokens_of(model.config))
     description, trainable = family_of(model.config), [p.requires_grad for p in model.parameters()]
-    found = token_gradients(model, inputs, samples=2, seed=3, device=torch.device("cpu"), progress=NoProgress())
+    found = token_gradients(
+        ResidentBlocks(model), inputs, samples=2, seed=3, device=torch.device("cpu"), progress=NoProgress()
+    )
 
     assert [p.requires_grad for p in model.parameters()] == trainable
     outputs: dict[tuple[int, str], list[tuple[Tensor, Tensor]]] = {}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import masquant
-from masquant.api import load_any, resident_bytes, save
+from masquant.api import resident_bytes, save
 from masquant.calibration.encoding import SampleEncoder
 from masquant.errors import CheckpointError, ModelError
+from masquant.integrations.loading import load_any
 from masquant.integrations.transformers import quantized_linears, state_of
 from masquant.modality import modality_ids
 from masquant.models import core_of, decoder_blocks, family_of, groups_of, linearize
+from masquant.plan import make_plan
 from masquant.recipe import CompensationArgs, Recipe
+from masquant.runtime import MasquantLinear, native
+from masquant.runtime.packed import PackedGroup
 
 OWN_VECTORS = {"selection": None, "compensation": CompensationArgs(rank=4)}
 
@@ -74,6 +79,30 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def omni(tmp_path_factory: pytest.TempPathFactory) -> Case:
     recipe = Recipe.preset("masquant", "W4A8", 32, **OWN_VECTORS)
     return quantized("qwen2_5_omni", tmp_path_factory.mktemp("omni"), recipe)
+
+
+@pytest.mark.skipif(native.library() is None, reason="masquant was installed without kernels")
+def test_every_group_runs_in_the_kernels_and_only_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left to PyTorch, of experts either, and no linear repeats what the first of its group computed."""
+    calls: Counter[int] = Counter()
+    forward = PackedGroup.forward
+
+    def counted(group: PackedGroup, x: Tensor, rows: Tensor | None) -> list[Tensor]:
+        calls[group.handle] += 1
+        return forward(group, x, rows)
+
+    monkeypatch.setattr(PackedGroup, "forward", counted)
+    monkeypatch.setattr(MasquantLinear, "_prepare", lambda *_: pytest.fail("a linear was computed in PyTorch"))
+    with torch.no_grad():
+        core_of(case.model)(**case.inputs, use_cache=False)
+    linears = quantized_linears(case.model)
+    groups = {name: linear.packed(torch.device("cpu")) for name, linear in linears.items()}
+    assert all(groups.values()) and set(calls.values()) == {1}
+    assert {g.handle for name, g in groups.items() if g is not None and ".experts." not in name} <= set(calls)
+    planned = [
+        group for block in make_plan(case.float_model, Recipe.preset("rtn", group_size=32)).blocks for group in block
+    ]
+    assert len(planned) == len({g.handle for g in groups.values() if g is not None})
 
 
 @torch.no_grad()
@@ -159,16 +188,6 @@ def test_text_only_is_the_plain_smoothed_linear(omni: Case) -> None:
     """A batch without media never calls a patch, and does not read smooth_scale."""
     inputs = {"input_ids": torch.tensor([[65, 66, 67, 68]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
     before = logits(omni.model, inputs)
-    calls: list[int] = []
-    original = torch.ops.masquant.project_input
-
-    class Counter:
-        def __call__(self, *args: Any) -> Tensor:
-            calls.append(1)
-            return original(*args)
-
-    linear = sys.modules["masquant.runtime.linear"]
-    assert not calls
     changed = masquant.load(omni.folder)
     for module in quantized_linears(changed).values():
         if module.smooth_scale is not None:
@@ -176,12 +195,13 @@ def test_text_only_is_the_plain_smoothed_linear(omni: Case) -> None:
         for factors in module.compensation.values():
             factors.b.fill_(float("nan"))
     assert torch.equal(logits(changed, inputs), before)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear.torch.ops.masquant, "project_input", Counter())
-        logits(omni.model, inputs)
-        assert not calls
-        logits(omni.model, omni.inputs)
-        assert calls
+    count = native.patched_tokens()
+    logits(omni.model, inputs)
+    assert native.patched_tokens() == count
+    logits(omni.model, omni.inputs)
+    media = int((modality_ids(omni.inputs["input_ids"], state_of(omni.model).tokens) != 0).sum())
+    patched = sum(bool(m.compensation) and m.is_leader for m in quantized_linears(omni.model).values())
+    assert 0 < native.patched_tokens() - count <= media * patched
 
 
 def test_editing_media_leaves_text_rows_of_a_linear_unchanged(omni: Case) -> None:

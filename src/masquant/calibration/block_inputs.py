@@ -12,13 +12,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -79,39 +80,59 @@ class BlockBatch:
     answers: Tensor
 
 
-class HiddenStates:
-    """The hidden states of every batch between two blocks, in memory or spilled to a temporary folder."""
+class HiddenStates(Sequence[Tensor]):
+    """The hidden states of every batch between two blocks: the first in memory, what goes beyond its bound in a
+    temporary folder."""
 
-    def __init__(self, spill: bool) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="masquant-hidden-")) if spill else None
-        if self._folder is not None:
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+    def __init__(self, memory: int | None = None, folder: Path | None = None) -> None:
+        """Start empty.
+
+        Args:
+            memory: bytes kept in memory; None for all.
+            folder: where the temporary folder for the rest is made; default the system's.
+        """
+        self.memory, self.folder = memory, folder
+        self._spilled: Path | None = None
         self._states: list[Tensor | Path] = []
+        self._resident = 0
 
     def __len__(self) -> int:
         return len(self._states)
 
     def append(self, hidden: Tensor) -> None:
         """Add the next batch's hidden states."""
-        self._states.append(hidden)
+        self._states.append(torch.empty(0))
         self[len(self) - 1] = hidden
 
-    def __getitem__(self, i: int) -> Tensor:
+    def __getitem__(self, i: int) -> Tensor:  # type: ignore[override]
         state = self._states[i]
         return state if isinstance(state, Tensor) else load_file(state)["hidden"]
 
     def __setitem__(self, i: int, hidden: Tensor) -> None:
         hidden = hidden.detach().cpu().contiguous()
-        if self._folder is None:
+        previous = self._states[i]
+        self._resident -= previous.nbytes if isinstance(previous, Tensor) else 0
+        if self.memory is None or self._resident + hidden.nbytes <= self.memory:
             self._states[i] = hidden
+            self._resident += hidden.nbytes
             return
-        path = self._folder / f"{i}.safetensors"
-        save_file({"hidden": hidden}, path)
+        if self._spilled is None:
+            self._spilled = Path(tempfile.mkdtemp(prefix="hidden-", dir=self.folder))
+            weakref.finalize(self, shutil.rmtree, self._spilled, ignore_errors=True)
+        path = self._spilled / f"{i}.safetensors"
+        try:
+            save_file({"hidden": hidden}, path)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"cannot write hidden states to {path}: {error}; free some space") from error
         self._states[i] = path
+
+    def empty(self, sharing: int = 1) -> HiddenStates:
+        """Another store with the same bounds, which it shares with `sharing` - 1 others."""
+        return HiddenStates(None if self.memory is None else self.memory // sharing, self.folder)
 
     def copy(self) -> HiddenStates:
         """An independent store with the same states."""
-        other = HiddenStates(spill=self._folder is not None)
+        other = self.empty()
         for i in range(len(self)):
             other.append(self[i])
         return other
@@ -122,20 +143,27 @@ class BlockInputs:
     """Everything needed to run the decoder block by block on the calibration samples, in float32.
 
     Attributes:
-        batches: as captured.
+        batches: of this process.
         hidden: per batch, what the last block gave (before the first one, what it gets).
         returns_tuple: whether blocks return tuples.
         rotation: of the residual stream.
+        first: number of the first batch among those of all processes.
     """
 
     batches: tuple[BlockBatch, ...]
     hidden: HiddenStates
     returns_tuple: bool
     rotation: Rotation | None = None
+    first: int = 0
 
     def copy(self) -> BlockInputs:
         """The same with hidden states of its own."""
         return replace(self, hidden=self.hidden.copy())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all batches, padding included."""
+        return sum(batch.ids.numel() for batch in self.batches)
 
     def run(self, block: nn.Module, index: int, i: int, hidden: Tensor, device: torch.device) -> Tensor:
         """Output hidden states [batch, tokens, features] of block number `index` on batch `i`, in hidden's dtype.
@@ -163,14 +191,20 @@ class BlockInputs:
 
 @contextmanager
 def _recording(
-    blocks: list[nn.Module], calls: list[Call], added: list[Addition | None], outputs: dict[str, Any]
+    blocks: list[nn.Module],
+    first: nn.Module,
+    calls: list[Call],
+    added: list[Addition | None],
+    outputs: dict[str, Any],
 ) -> Iterator[None]:
-    """Replace the blocks' forward by recorders. The first block really runs once, to see what a block returns."""
+    """Replace the blocks' forward by recorders. `first` really runs once, to see what a block returns."""
 
-    def recorder(original: Callable[..., Any], index: int) -> Callable[..., Any]:
+    run = first.forward
+
+    def recorder(index: int) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if "returns_tuple" not in outputs:
-                outputs["returns_tuple"] = isinstance(original(hidden_states, *args, **kwargs), tuple)
+                outputs["returns_tuple"] = isinstance(run(hidden_states, *args, **kwargs), tuple)
             if index == 0:
                 outputs["hidden"] = hidden_states.detach().cpu().float()
             added.append(Addition.of(hidden_states.detach().cpu()) if index else None)
@@ -181,7 +215,7 @@ def _recording(
         return forward
 
     for index, block in enumerate(blocks):
-        block.forward = recorder(block.forward, index)  # type: ignore[method-assign]
+        block.forward = recorder(index)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -209,7 +243,8 @@ def capture_block_inputs(
     batches: Iterable[EncodedBatch],
     tokens: ModalityTokens,
     *,
-    spill: bool = False,
+    first: nn.Module | None = None,
+    hidden: HiddenStates | None = None,
 ) -> BlockInputs:
     """Run the model on every batch and keep what its decoder blocks are called with.
 
@@ -217,7 +252,8 @@ def capture_block_inputs(
         model: unquantized, in evaluation mode.
         batches: encoded samples.
         tokens: the model's placeholder tokens.
-        spill: keep hidden states in a temporary folder instead of memory.
+        first: a copy of the first block that can run, where the model's own blocks are on the meta device.
+        hidden: empty store for the hidden states; default one in memory.
 
     Raises:
         DataError: no batch, or inputs without input_ids.
@@ -226,14 +262,14 @@ def capture_block_inputs(
     model, blocks = core_of(model), decoder_blocks(model)
     outputs: dict[str, Any] = {}
     captured: list[BlockBatch] = []
-    hidden = HiddenStates(spill)
+    hidden = HiddenStates() if hidden is None else hidden
     for batch in batches:
         inputs = batch.inputs
         if "input_ids" not in inputs:
             raise DataError(f"a calibration batch has no input_ids, only {', '.join(inputs)}")
         calls: list[Call] = []
         added: list[Addition | None] = []
-        with _recording(blocks, calls, added, outputs):
+        with _recording(blocks, first or blocks[0], calls, added, outputs):
             model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False)
         if len(calls) != len(blocks):
             raise ModelError(f"the decoder made {len(calls)} block calls for its {len(blocks)} blocks")

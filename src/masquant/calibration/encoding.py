@@ -5,9 +5,10 @@ kept: some models compute their position ids from outputs that are easily droppe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import jinja2
@@ -21,6 +22,28 @@ from .media import check_audio, check_image, check_video, load_audio, load_image
 
 KINDS = ("image", "video", "audio")
 _MARKER = "\ue000"  # stands for the answer while its place is looked for; a private character, in no real text
+
+
+def by_length(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples in the order in which they form batches: by kind, then by length."""
+    return sorted(samples, key=lambda s: (*_kind(s), estimated_tokens(s), s.id))
+
+
+def _kind(sample: Sample) -> tuple[bool, tuple[str, ...]]:
+    return sample.text is not None, sample.media
+
+
+def in_batches(samples: Sequence[Sample], batch_size: int, *, mixed: bool = True) -> list[list[Sample]]:
+    """Samples in batches of like kind and length; without `mixed`, none has samples of two kinds.
+
+    Raises:
+        DataError: the batch size is not positive.
+    """
+    if batch_size < 1:
+        raise DataError(f"the batch size must be at least 1, got {batch_size}")
+    ordered = by_length(samples)
+    groups = [ordered] if mixed else [list(group) for _, group in groupby(ordered, _kind)]
+    return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
 @dataclass(frozen=True)
@@ -97,11 +120,8 @@ class SampleEncoder:
         Raises:
             DataError: as `encode`, or `batch_size` is below 1.
         """
-        if batch_size < 1:
-            raise DataError(f"the batch size must be at least 1, got {batch_size}")
-        ordered = sorted(samples, key=lambda s: (s.text is not None, s.media, estimated_tokens(s), s.id))
-        for start in range(0, len(ordered), batch_size):
-            yield self.encode(ordered[start : start + batch_size], with_answer=with_answer)
+        for batch in in_batches(samples, batch_size):
+            yield self.encode(batch, with_answer=with_answer)
 
     def encode(self, samples: Sequence[Sample], *, with_answer: bool = True) -> EncodedBatch:
         """One batch.
@@ -131,18 +151,32 @@ class SampleEncoder:
         return EncodedBatch(tuple(samples), inputs, answers)
 
     def _check(self, sample: Sample) -> None:
-        name = type(self.processor).__name__
         for kind in sample.media:
-            if not self.accepts[kind]:
-                takes = ", ".join(k for k in KINDS if self.accepts[k]) or "text only"
-                raise DataError(f"sample {sample.id} has {kind}, which {name} cannot take (it takes {takes})")
+            self.check_kind(kind, f"sample {sample.id}")
         for field in ("prompt", "answer", "text"):
-            for token in self.placeholders.values():
-                if token in (getattr(sample, field) or ""):
-                    raise DataError(
-                        f"sample {sample.id}: its {field} holds {token}, which stands for media; remove it, media are "
-                        "put before the prompt"
-                    )
+            self.check_text(getattr(sample, field) or "", f"sample {sample.id}: its {field}")
+
+    def check_kind(self, kind: str, where: str) -> None:
+        """Refuse a kind of media that the processor cannot take.
+
+        Raises:
+            DataError: naming `where`, and what it takes.
+        """
+        if not self.accepts[kind]:
+            takes = ", ".join(k for k in KINDS if self.accepts[k]) or "text only"
+            raise DataError(
+                f"{where} has {kind}, which {type(self.processor).__name__} cannot take (it takes {takes})"
+            )
+
+    def check_text(self, text: str, where: str) -> None:
+        """Refuse text that holds a placeholder of media.
+
+        Raises:
+            DataError: naming `where` and the placeholder.
+        """
+        for token in self.placeholders.values():
+            if token in text:
+                raise DataError(f"{where} holds {token}, which stands for media; remove it, media are put in apart")
 
     def _text(self, sample: Sample, with_answer: bool) -> tuple[str, int]:
         """The text that goes to the processor, and where in it the answer starts."""
@@ -162,26 +196,39 @@ class SampleEncoder:
 
     def _render(self, sample: Sample, answer: str | None) -> str:
         """The conversation in the model's own format: media, prompt, answer. Without `answer` it invites one."""
-        own = getattr(self.processor, "chat_template", None) is not None
-        if self.chat_template is None:
-            raise DataError(
-                f"{type(self.processor).__name__} has no chat template, so conversations cannot be written in the "
-                "model's format; put the model's chat_template.jinja into its folder"
-            )
         content: list[dict[str, str]] = [{"type": kind} for kind in sample.media]
         if sample.prompt:
             content.append({"type": "text", "text": sample.prompt})
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return self.render(messages, f"sample {sample.id}", invite=answer is None)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], where: str, *, invite: bool) -> str:
+        """A conversation as the model's chat template writes it, for a tokenizer that may add a first token itself.
+
+        Args:
+            messages: mappings with `role` and `content`, a list of parts such as {"type": "image"}.
+            where: what to call the conversation in an error.
+            invite: end where the model should answer.
+
+        Raises:
+            DataError: there is no template, or it refuses the conversation.
+        """
+        own = getattr(self.processor, "chat_template", None) is not None
+        if self.chat_template is None:
+            raise DataError(
+                f"{type(self.processor).__name__} has no chat template, so conversations cannot be written in the "
+                "model's format; put the model's chat_template.jinja into its folder"
+            )
         try:
             text = str(
                 self.processor.apply_chat_template(
-                    messages, None if own else self.chat_template, tokenize=False, add_generation_prompt=answer is None
+                    messages, None if own else self.chat_template, tokenize=False, add_generation_prompt=invite
                 )
             )
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-            raise DataError(f"sample {sample.id}: the model's chat template refuses it: {error}") from error
+            raise DataError(f"{where}: the model's chat template refuses it: {error}") from error
         return text.removeprefix(self.tokenizer.bos_token) if self.adds_bos else text  # the tokenizer adds it again
 
     def _cut(self, sample: Sample) -> str:
@@ -222,11 +269,8 @@ class SampleEncoder:
     def _process(self, samples: Sequence[Sample], texts: list[str]) -> dict[str, Tensor]:
         """Call the processor. An error that it raises names the sample that it is about."""
         arguments = self._media(samples)
-        if self.needs_token_types:
-            arguments["return_mm_token_type_ids"] = True
         try:
-            with self._left_padding(), _seeded():
-                outputs = dict(self.processor(text=texts, padding=True, return_tensors="pt", **arguments))
+            return self.process(texts, arguments)
         except ValueError as error:
             for sample, text in zip(samples, texts, strict=True):
                 if len(samples) > 1:
@@ -235,6 +279,21 @@ class SampleEncoder:
             raise DataError(
                 f"sample {ids}: {type(self.processor).__name__} refuses it: {error}; change it, or leave it out"
             ) from error
+
+    def process(self, texts: list[str], media: Mapping[str, Any]) -> dict[str, Tensor]:
+        """All outputs of the processor for a batch, padded on the left.
+
+        Args:
+            texts: as the chat template writes them.
+            media: the processor's arguments: `images` nested per text, `videos`, and what `sounds` gives.
+
+        Raises:
+            ValueError: from the processor, about the texts or media.
+            DataError: an output is no tensor.
+        """
+        types = {"return_mm_token_type_ids": True} if self.needs_token_types else {}
+        with self._left_padding(), _seeded():
+            outputs = dict(self.processor(text=texts, padding=True, return_tensors="pt", **media, **types))
         for name, value in outputs.items():
             if not isinstance(value, Tensor):
                 raise DataError(f"{type(self.processor).__name__} gives {name} as {type(value).__name__}, no tensor")
@@ -248,22 +307,29 @@ class SampleEncoder:
         videos = [load_video(s.video, f"sample {s.id}") for s in samples if s.video is not None]
         if videos:
             arguments["videos"] = videos
-        audio = [self._audio(s) for s in samples if s.audio is not None]
-        if audio:
-            arguments[self.audio_keyword] = audio
-            arguments["audio_kwargs"] = {"sampling_rate": self.sampling_rate}
-        return arguments
+        return arguments | self.sounds(
+            [self.load_sound(s.audio, f"sample {s.id}") for s in samples if s.audio is not None]
+        )
 
-    def _audio(self, sample: Sample) -> np.ndarray:
-        """Mono float32 [frames] at the processor's rate; no longer than what it hears, beyond which it cuts."""
+    def sounds(self, waves: Sequence[np.ndarray]) -> dict[str, Any]:
+        """The processor's arguments for sounds, float32 [frames] each at its rate, in the order of the texts."""
+        if not waves:
+            return {}
+        return {self.audio_keyword: list(waves), "audio_kwargs": {"sampling_rate": self.sampling_rate}}
+
+    def load_sound(self, source: Any, where: str) -> np.ndarray:
+        """Mono float32 [frames] at the processor's rate; no longer than what it hears, beyond which it cuts.
+
+        Raises:
+            DataError: too long for the model, or as `load_audio`.
+        """
         assert self.sampling_rate is not None
-        seconds = check_audio(sample.audio, f"sample {sample.id}")
+        seconds = check_audio(source, where)
         if self.max_seconds is not None and seconds > self.max_seconds:
             raise DataError(
-                f"sample {sample.id} has {seconds:.1f} s of audio; this model hears at most {self.max_seconds:g} s, "
-                "cut it"
+                f"{where} has {seconds:.1f} s of audio; this model hears at most {self.max_seconds:g} s, cut it"
             )
-        return load_audio(sample.audio, self.sampling_rate, f"sample {sample.id}")
+        return load_audio(source, self.sampling_rate, where)
 
     def _check_tokens(self, samples: Sequence[Sample], ids: Tensor, mask: Tensor) -> None:
         """Lengths are in bounds, padding is on the left, and all media got tokens."""
@@ -309,12 +375,8 @@ def group_batches(
 
     A short question about a picture in one batch with speech would mostly be padding.
     """
-    groups: dict[tuple[bool, tuple[str, ...]], list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault((sample.text is not None, sample.media), []).append(sample)
-    ordered = [groups[key] for key in sorted(groups)]
-    total = sum(-(-len(group) // batch_size) for group in ordered)
-    return total, (b for group in ordered for b in encoder.batches(group, batch_size, with_answer=with_answer))
+    parts = in_batches(samples, batch_size, mixed=False)
+    return len(parts), (encoder.encode(part, with_answer=with_answer) for part in parts)
 
 
 def estimated_tokens(sample: Sample) -> int:

@@ -7,13 +7,12 @@ in a quadratic loss of that linear. g is the gradient of z^T logits at the answe
 p the model's own probabilities: no label is needed, and one backward pass serves all answer tokens of a sample.
 
 Two passes over the blocks, one block in memory at a time: forward, keeping every block's input; then backwards, each
-block run once more with gradients. Keys and values that a block takes from an earlier one, as some models do, count
-as given.
+block run once more with gradients. As many batches go through together as their blocks' inputs may take disk. Keys and
+values that a block takes from an earlier one, as some models do, count as given.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,20 +22,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..blocks import AbstractBlocks
+from ..distributed import gather
 from ..errors import ModelError
-from ..models import (
-    LinearGroup,
-    ModelFamily,
-    core_of,
-    decoder_blocks,
-    decoder_of,
-    family_of,
-    groups_of,
-    linearize,
-    token_rows,
-)
+from ..models import LinearGroup, core_of, decoder_of, groups_of, token_rows
 from ..progress import AbstractProgress
-from .block_inputs import BlockInputs
+from .block_inputs import BlockInputs, HiddenStates
+
+STATE_BYTES = 2 * 2**30  # of the blocks' inputs of the batches that go through together, all in memory
+SPILLED_STATE_BYTES = 16 * 2**30  # the same where they may go to disk
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ class TokenGradients:
     def capped(self, block: int, group: str, masks: Sequence[Tensor], quantile: float) -> tuple[list[Tensor], float]:
         """A group's gradients with the largest cut at a quantile, per batch [batch, tokens], and their mean."""
         batches = self.squared[block][group]
-        real = torch.cat([g[m] for g, m in zip(batches, masks, strict=True)])
+        real = torch.cat(gather(torch.cat([g[m] for g, m in zip(batches, masks, strict=True)])))
         largest = real.sort().values[math.ceil(quantile * len(real)) - 1]
         return [g.clamp_max(largest) for g in batches], float(real.clamp_max(largest).mean())
 
@@ -69,15 +63,17 @@ class TokenGradients:
         self, block: int, group: str, ids: Sequence[Tensor], masks: Sequence[Tensor], modalities: int
     ) -> list[float]:
         """Mean gradient norm at each modality's tokens (MBQ, arXiv 2412.19509, Eq. 8), the largest scaled to 1."""
-        norms = torch.cat([g[m].sqrt() for g, m in zip(self.squared[block][group], masks, strict=True)])
-        rows = torch.cat([i[m] for i, m in zip(ids, masks, strict=True)])
+        norms = torch.cat(
+            gather(torch.cat([g[m].sqrt() for g, m in zip(self.squared[block][group], masks, strict=True)]))
+        )
+        rows = torch.cat(gather(torch.cat([i[m] for i, m in zip(ids, masks, strict=True)])))
         means = [float(norms[rows == m].mean()) if bool((rows == m).any()) else 0.0 for m in range(modalities)]
         largest = max(means)
         return [max(mean / largest, 1e-3) if largest > 0 else 1.0 for mean in means]
 
 
-def _float_copy(block: nn.Module, family: ModelFamily, device: torch.device) -> nn.Module:
-    return linearize(copy.deepcopy(block), family).float().to(device).requires_grad_(False)
+def _float_copy(blocks: AbstractBlocks, index: int, device: torch.device) -> nn.Module:
+    return blocks.copy(index).to(device).float().requires_grad_(False)
 
 
 def _logit_directions(
@@ -143,7 +139,7 @@ def _block_gradients(
 
 @torch.no_grad()
 def token_gradients(
-    model: PreTrainedModel,
+    blocks: AbstractBlocks,
     inputs: BlockInputs,
     *,
     samples: int,
@@ -154,36 +150,70 @@ def token_gradients(
     """Measure every linear group of every block, on the float model.
 
     Args:
-        model: in floating point.
+        blocks: of the model, in floating point.
         inputs: captured; its hidden states are those before the first block, and stay.
         samples: random directions per batch.
         seed: of the directions.
         device: where blocks run.
-        progress: receives the batches.
+        progress: receives the blocks.
 
     Raises:
         ModelError: the gradients are not finite.
     """
-    blocks, family = decoder_blocks(model), family_of(model.config)
-    groups = [groups_of(block, family) for block in blocks]
-    squared: list[dict[str, list[Tensor]]] = [{group.name: [] for group in found} for found in groups]
-    generator = torch.Generator().manual_seed(seed)
-    indices = range(len(inputs.batches))
-    for i in progress.track(indices, "measuring gradients", len(indices), "batch"):
-        states = [inputs.hidden[i].to(device)]
-        for index, block in enumerate(blocks):
-            states.append(inputs.run(_float_copy(block, family, device), index, i, states[-1], device))
-        directions = _logit_directions(model, states.pop(), inputs.batches[i].answers, samples, generator)
-        for index in reversed(range(len(blocks))):
-            block = _float_copy(blocks[index], family, device)
-            hidden = states.pop()
+    squared: list[dict[str, list[Tensor]]] = [{} for _ in range(len(blocks))]
+    together = _batches_together(inputs, len(blocks))
+    passes = ((part, step) for part in together for step in (1, -1))
+    steps = ((part, step, index) for part, step in passes for index in range(len(blocks))[::step])
+    states: list[HiddenStates] = []
+    directions: list[list[Tensor]] = []
+    total = 2 * len(blocks) * len(together)
+    for part, step, index in progress.track(steps, "measuring gradients", total, "block"):
+        if step == 1 and index == 0:
+            states = [inputs.hidden.empty(len(blocks) + 1)]
+            for i in part:
+                states[0].append(inputs.hidden[i])
+        block = _float_copy(blocks, index, device)
+        if step == 1:
+            states.append(inputs.hidden.empty(len(blocks) + 1))
+            for k, i in enumerate(part):
+                states[-1].append(inputs.run(block, index, i, states[-2][k], device))
+            continue
+        if index == len(blocks) - 1:
+            last = states.pop()
+            answers = [inputs.batches[i].answers for i in part]
+            directions = [
+                _logit_directions(blocks.model, last[k].to(device), a, samples, _noise(seed, inputs.first + part[k]))
+                for k, a in enumerate(answers)
+            ]
+        hidden, groups = states.pop(), groups_of(block, blocks.family)
+        for k, i in enumerate(part):
 
             def run(x: Tensor, block: nn.Module = block, index: int = index, i: int = i) -> Tensor:
                 return inputs.run(block, index, i, x, device)
 
-            directions, found = _block_gradients(block, groups[index], run, hidden, directions)
+            directions[k], found = _block_gradients(block, groups, run, hidden[k].to(device), directions[k])
             for name, values in found.items():
                 if not bool(values.isfinite().all()):
                     raise ModelError(f"layers.{index}: the answers' gradient at {name} is not finite")
-                squared[index][name].append(values.cpu())
+                squared[index].setdefault(name, []).append(values.cpu())
     return TokenGradients(squared)
+
+
+def _noise(seed: int, batch: int) -> torch.Generator:
+    """Source of a batch's directions, whoever measures it."""
+    return torch.Generator().manual_seed(seed + 1_000_003 * batch)
+
+
+def _batches_together(inputs: BlockInputs, blocks: int) -> list[list[int]]:
+    """Numbers of the batches that go through the blocks together."""
+    limit = STATE_BYTES if inputs.hidden.memory is None else SPILLED_STATE_BYTES
+    parts: list[list[int]] = [[]]
+    size = 0
+    for i in range(len(inputs.batches)):
+        more = inputs.hidden[i].nbytes * (blocks + 1)
+        if parts[-1] and size + more > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(i)
+        size += more
+    return parts

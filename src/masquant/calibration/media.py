@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +46,7 @@ def _reading(what: str, fault: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"{what} does not exist") from error
     except Exception as error:
-        raise DataError(f"{what} {fault}: {error}; replace it, or leave the sample out") from error
+        raise DataError(f"{what} {fault}: {error}; replace it, or leave it out") from error
 
 
 def _check_size(size: tuple[int, int], what: str) -> None:
@@ -57,26 +58,31 @@ def _check_size(size: tuple[int, int], what: str) -> None:
 
 
 def _image_name(source: Any, where: str) -> str:
-    return f"{where}: the picture" if isinstance(source, Image.Image) else f"{where}: image file {source}"
+    return f"{where}: image file {source}" if isinstance(source, Path) else f"{where}: the picture"
 
 
-def _header(source: Path) -> Image.Image:
+def _file(source: Path | bytes) -> Any:
+    """What decoders read: a path, or a stream over a file's content."""
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _header(source: Path | bytes) -> Image.Image:
     """An image file, not decoded yet."""
     try:
-        return Image.open(source, formats=FORMATS)
+        return Image.open(_file(source), formats=FORMATS)
     except Image.DecompressionBombError:  # far beyond the bounds here: read its size again, to say it
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(source, formats=FORMATS)
+            return Image.open(_file(source), formats=FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def open_image(source: Path | Image.Image, where: str) -> Image.Image:
+def open_image(source: Path | bytes | Image.Image, where: str) -> Image.Image:
     """An image with its header checked against the bounds; a file is not decoded yet.
 
     Args:
-        source: file, or picture in memory.
+        source: file, a file's content, or picture in memory.
         where: what to call the sample in an error.
 
     Raises:
@@ -86,7 +92,7 @@ def open_image(source: Path | Image.Image, where: str) -> Image.Image:
     if isinstance(source, Image.Image):
         _check_size(source.size, what)
         return source
-    if not isinstance(source, Path):
+    if not isinstance(source, Path | bytes):
         raise DataError(f"{where}: an image must be a path or a PIL picture, got {type(source).__name__}")
     with _reading(what, f"is no readable image ({', '.join(FORMATS)})"):
         image = _header(source)
@@ -98,7 +104,7 @@ def open_image(source: Path | Image.Image, where: str) -> Image.Image:
     return image
 
 
-def check_image(source: Path | Image.Image, where: str) -> tuple[int, int]:
+def check_image(source: Path | bytes | Image.Image, where: str) -> tuple[int, int]:
     """Check an image's header: (width, height).
 
     Raises:
@@ -118,11 +124,11 @@ def _rgb(image: Image.Image, what: str) -> Image.Image:
     return upright.convert("RGBA").convert("RGB") if "transparency" in upright.info else upright.convert("RGB")
 
 
-def load_image(source: Path | Image.Image, where: str) -> Image.Image:
+def load_image(source: Path | bytes | Image.Image, where: str) -> Image.Image:
     """RGB picture, turned upright by its EXIF orientation.
 
     Args:
-        source: file, or picture in memory.
+        source: file, a file's content, or picture in memory.
         where: what to call the sample in an error.
 
     Raises:
@@ -214,16 +220,20 @@ def _check_bounds(frames: int, rate: int, what: str, max_seconds: float) -> floa
         raise DataError(f"{what} has a sampling rate of {rate} Hz; {MIN_RATE:,} to {MAX_RATE:,} Hz are supported")
     seconds = frames / rate
     if not MIN_SECONDS <= seconds <= max_seconds:
-        remedy = "cut it" if seconds > max_seconds else "leave the sample out"
+        remedy = "cut it" if seconds > max_seconds else "leave it out"
         raise DataError(f"{what} lasts {seconds:.2f} s; {MIN_SECONDS} to {max_seconds:g} s are supported, {remedy}")
     return seconds
 
 
-def check_audio(source: Path | Mapping[str, Any], where: str, *, max_seconds: float = MAX_SECONDS) -> float:
+def _audio_name(source: Any, where: str) -> str:
+    return f"{where}: audio file {source}" if isinstance(source, Path) else f"{where}: the audio"
+
+
+def check_audio(source: Path | bytes | Mapping[str, Any], where: str, *, max_seconds: float = MAX_SECONDS) -> float:
     """Check a sound file's header, or an array's form: its seconds.
 
     Args:
-        source: file, or mapping with `array` and `sampling_rate`.
+        source: file, a file's content, or mapping with `array` and `sampling_rate`.
         where: what to call the sample in an error.
         max_seconds: longest duration.
 
@@ -232,14 +242,14 @@ def check_audio(source: Path | Mapping[str, Any], where: str, *, max_seconds: fl
     """
     if isinstance(source, Mapping):
         array, rate = _sound_in_memory(source, where)
-        return _check_bounds(len(array), rate, f"{where}: the audio", max_seconds)
-    if not isinstance(source, Path):
+        return _check_bounds(len(array), rate, _audio_name(source, where), max_seconds)
+    if not isinstance(source, Path | bytes):
         raise DataError(f"{where}: audio must be a path or a mapping, got {type(source).__name__}")
-    what = f"{where}: audio file {source}"
+    what = _audio_name(source, where)
     with _reading(what, "is no readable sound file"):
-        if not source.exists():
+        if isinstance(source, Path) and not source.exists():
             raise FileNotFoundError(source)
-        info = soundfile.info(str(source))
+        info = soundfile.info(_file(source))
     return _check_bounds(info.frames, info.samplerate, what, max_seconds)
 
 
@@ -250,10 +260,10 @@ def _mono_in_memory(source: Mapping[str, Any], where: str) -> tuple[np.ndarray, 
     return array.reshape(len(array), -1).mean(axis=1, dtype=np.float64) * scale, rate
 
 
-def _mono_file(source: Path, what: str) -> tuple[np.ndarray, int]:
+def _mono_file(source: Path | bytes, what: str) -> tuple[np.ndarray, int]:
     """Mono float32 [frames] of a file, read in pieces, and its rate."""
-    with _reading(what, "is a broken sound file"), soundfile.SoundFile(str(source)) as file:
-        pieces = file.blocks(blocksize=1 << 20, dtype="float32", always_2d=True)
+    with _reading(what, "is a broken sound file"), soundfile.SoundFile(_file(source)) as file:
+        pieces = file.blocks(1 << 20, frames=file.frames, dtype="float32", always_2d=True)
         wave = np.concatenate([piece.mean(axis=1) for piece in pieces])
         if len(wave) != file.frames:
             raise DataError(f"{what} is cut off: {len(wave)} of {file.frames} frames")
@@ -261,13 +271,13 @@ def _mono_file(source: Path, what: str) -> tuple[np.ndarray, int]:
 
 
 def load_audio(
-    source: Path | Mapping[str, Any], sampling_rate: int, where: str, *, max_seconds: float = MAX_SECONDS
+    source: Path | bytes | Mapping[str, Any], sampling_rate: int, where: str, *, max_seconds: float = MAX_SECONDS
 ) -> np.ndarray:
     """Mono sound, resampled: float32 [frames].
 
     Args:
-        source: file, or mapping with `array` ([frames] or [channels, frames]) and `sampling_rate`; integers are scaled
-            to [-1, 1).
+        source: file, a file's content, or mapping with `array` ([frames] or [channels, frames]) and `sampling_rate`;
+            integers are scaled to [-1, 1).
         sampling_rate: of the result.
         where: what to call the sample in an error.
         max_seconds: longest duration.
@@ -276,7 +286,7 @@ def load_audio(
         DataError: as `check_audio`, or broken, or not finite.
     """
     check_audio(source, where, max_seconds=max_seconds)
-    what = f"{where}: the audio" if isinstance(source, Mapping) else f"{where}: audio file {source}"
+    what = _audio_name(source, where)
     with np.errstate(invalid="ignore", over="ignore"):  # checked below
         wave, rate = _mono_in_memory(source, where) if isinstance(source, Mapping) else _mono_file(source, what)
     if not (np.abs(wave) <= np.finfo(np.float32).max).all():

@@ -16,11 +16,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..models import LinearExperts, experts_in, token_rows
+from ..distributed import gather, max_over_processes, sum_over_processes, world_size
+from ..models import LinearExperts, experts_in, linear_of, token_rows
 
 _DOUBLE_LIMIT = 4096
+_BAND = 1024
 HELD_TOKENS = 512  # per modality and group
 FEW_TOKENS = 64  # of a modality, below which an expert is fitted to the tokens of all experts
+
+
+def moment_dtype(features: int) -> torch.dtype:
+    """Of the sums of a group with so many input channels."""
+    return torch.float64 if features <= _DOUBLE_LIMIT else torch.float32
+
+
+def moment_bytes(features: int) -> int:
+    """Of one modality's second moments of so many input channels."""
+    return features * features * moment_dtype(features).itemsize
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [in, in] += left^T right, in bands, so that no second matrix of its size is needed."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right)
+        return
+    for start in range(0, len(total), _BAND):
+        rows = slice(start, start + _BAND)
+        total[rows] += left[:, rows].t() @ right
 
 
 @dataclass
@@ -31,24 +53,26 @@ class Moments:
         absmax: [modalities, in], float32.
         magnitude: [modalities, in], sum of |x|, float64.
         counts: [modalities], tokens.
-        moment: [modalities, in, in], sum of w x x^T with each token's weight w, or None.
+        moment: [modalities, in, in], sum of w x x^T with each token's weight w; None if not collected, or no token
+            was seen yet.
+        with_moment: whether it is collected.
     """
 
     absmax: Tensor
     magnitude: Tensor
     counts: Tensor
     moment: Tensor | None
+    with_moment: bool = True
 
     @classmethod
     def empty(cls, modalities: int, features: int, device: torch.device, with_moment: bool) -> Moments:
         """Statistics of no token."""
-        dtype = torch.float64 if features <= _DOUBLE_LIMIT else torch.float32
-        moment = torch.zeros(modalities, features, features, dtype=dtype, device=device) if with_moment else None
         return cls(
             torch.zeros(modalities, features, device=device),
             torch.zeros(modalities, features, dtype=torch.float64, device=device),
             torch.zeros(modalities, dtype=torch.int64, device=device),
-            moment,
+            None,
+            with_moment,
         )
 
     def update(self, m: int, x: Tensor, weights: Tensor) -> None:
@@ -57,13 +81,31 @@ class Moments:
         self.absmax[m] = torch.maximum(self.absmax[m], magnitude.amax(0))
         self.magnitude[m] += magnitude.sum(0, dtype=torch.float64)
         self.counts[m] += len(x)
-        if self.moment is not None:
-            self.moment[m] += ((x * weights[:, None]).t() @ x).to(self.moment.dtype)
+        if self.with_moment:
+            if self.moment is None:
+                shape = (*self.absmax.shape, x.shape[1])
+                self.moment = torch.zeros(shape, dtype=moment_dtype(x.shape[1]), device=x.device)
+            _add_product(self.moment[m], x * weights[:, None], x)
 
     def __add__(self, other: Moments) -> Moments:
-        moment = None if self.moment is None or other.moment is None else self.moment + other.moment
+        if self.moment is None or other.moment is None:
+            moment = other.moment if self.moment is None else self.moment
+        else:
+            moment = self.moment + other.moment
         absmax = torch.maximum(self.absmax, other.absmax)
-        return Moments(absmax, self.magnitude + other.magnitude, self.counts + other.counts, moment)
+        counts = self.counts + other.counts
+        return Moments(absmax, self.magnitude + other.magnitude, counts, moment, self.with_moment)
+
+    def reduce(self) -> None:
+        """Make it that of all processes' samples."""
+        if any(gather(self.moment is not None)):
+            if self.moment is None:
+                shape = (*self.absmax.shape, self.absmax.shape[1])
+                self.moment = torch.zeros(shape, dtype=moment_dtype(shape[1]), device=self.absmax.device)
+            sum_over_processes(self.moment)
+        max_over_processes(self.absmax)
+        sum_over_processes(self.magnitude)
+        sum_over_processes(self.counts)
 
     @property
     def mean_magnitude(self) -> Tensor:
@@ -115,6 +157,15 @@ class GroupStatistics:
                 self.held[m] = torch.cat((self.held[m], x[deciding][:room]))
                 self.held_weights[m] = torch.cat((self.held_weights[m], weights[deciding][:room]))
 
+    def reduce(self) -> None:
+        """Make it that of all processes' samples."""
+        self.fitting.reduce()
+        self.deciding.reduce()
+        for m in range(len(self.held)):
+            device = self.held[m].device
+            self.held[m] = torch.cat([x.to(device) for x in gather(self.held[m].cpu())])[:HELD_TOKENS]
+            self.held_weights[m] = torch.cat([w.to(device) for w in gather(self.held_weights[m].cpu())])[:HELD_TOKENS]
+
     def merged(self) -> Moments:
         """Statistics over all samples."""
         return self.fitting + self.deciding
@@ -143,7 +194,7 @@ def collect_statistics(
     statistics: dict[str, GroupStatistics] = {}
     current = [0]
     experts = experts_in(block)
-    if experts is not None:
+    if experts is not None and experts.counts is None:
         count_routed(experts, batches, forward, modalities)
 
     def hook(group: str, rows: Callable[[], Tensor | None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -155,16 +206,15 @@ def collect_statistics(
             mask = mask.flatten()
             if seen is not None:
                 mask, parts = mask[seen], [part[seen] for part in parts]
-            if group not in statistics:
-                statistics[group] = GroupStatistics.empty(modalities, x.shape[-1], x.device, with_moment)
             statistics[group].update(x[mask], *(part[mask] for part in parts))
 
         return observe
 
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(hook(group, token_rows(block, name)))
-        for group, name in leaders.items()
-    ]
+    handles = []
+    for group, name in leaders.items():  # also for an expert that sees no token, here or in another process
+        linear = linear_of(block, name)
+        statistics[group] = GroupStatistics.empty(modalities, linear.in_features, linear.weight.device, with_moment)
+        handles.append(linear.register_forward_pre_hook(hook(group, token_rows(block, name))))
     try:
         for i in range(len(batches)):
             current[0] = i
@@ -177,6 +227,8 @@ def collect_statistics(
             handle.remove()
         if experts is not None:
             experts.shown = None
+    for found in statistics.values() if world_size() > 1 else ():
+        found.reduce()
     return statistics
 
 
@@ -208,5 +260,5 @@ def count_routed(
             forward(i)
     finally:
         handle.remove()
-    experts.counts, fitting = torch.stack(found).sum(0)
+    experts.counts, fitting = sum_over_processes(torch.stack(found).sum(0))
     experts.few = fitting < FEW_TOKENS

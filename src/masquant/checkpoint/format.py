@@ -23,6 +23,7 @@ from ..plan import GroupPlan, LinearPlan, site_key
 from ..quantization import PACKED_BITS, SCALE_DTYPE, packed_columns
 from ..recipe import GROUP_NAMES, ActivationArgs, WeightArgs
 from ..rotation import Rotations
+from ..runtime.head import HEAD_BITS
 from ..runtime.linear import SMOOTH_DTYPE
 from ..strict import from_plain, to_plain
 
@@ -48,6 +49,14 @@ class Site:
 
 
 @dataclass(frozen=True)
+class HeadFormat:
+    """Embeddings and head with 8-bit rows; `tied` if they are one tensor, the embeddings'."""
+
+    tied: bool
+    num_bits: int = HEAD_BITS
+
+
+@dataclass(frozen=True)
 class CheckpointFormat:
     """A parsed `quantization_config`.
 
@@ -59,6 +68,7 @@ class CheckpointFormat:
         modality_tokens: per modality, the config fields with its placeholder token ids.
         sites: per "<block>.<group>", what it has beyond the base.
         rotations: of the model, None if it has none.
+        lm_head: embeddings and head, None if they are in floating point.
     """
 
     weights: tuple[tuple[str, WeightArgs], ...]
@@ -68,6 +78,7 @@ class CheckpointFormat:
     modality_tokens: Mapping[Modality, tuple[str, ...]]
     sites: Mapping[str, Site]
     rotations: Rotations | None = None
+    lm_head: HeadFormat | None = None
 
     def weights_of(self, linear: str) -> WeightArgs:
         """Grid of a linear, by its name below the decoder ("layers.3.mlp.down_proj").
@@ -117,6 +128,7 @@ class CheckpointFormat:
             "modality_tokens": {m.value: list(fields) for m, fields in self.modality_tokens.items()},
             "sites": {key: site.to_dict() for key, site in self.sites.items()},
             "rotation": None if self.rotations is None else to_plain(self.rotations),
+            **({} if self.lm_head is None else {"lm_head": to_plain(self.lm_head)}),
         }
 
 
@@ -149,13 +161,14 @@ def make_format(
     ignore: Sequence[str],
     sites: Mapping[str, Site],
     rotations: Rotations | None,
+    lm_head: HeadFormat | None = None,
 ) -> CheckpointFormat:
     """Format of a quantized model; one config group per grid that occurs."""
     grids = _targets(blocks)
-    kept = ("lm_head", *(f"re:.*{encoder}.*" for encoder in family.encoders))
-    return CheckpointFormat(
-        grids, activations, (*kept, *ignore), family.modalities, dict(family.modality_tokens), dict(sites), rotations
-    )
+    head = () if lm_head is not None else ("lm_head",)
+    kept = (*head, *(f"re:.*{encoder}.*" for encoder in family.encoders), *ignore)
+    tokens = dict(family.modality_tokens)
+    return CheckpointFormat(grids, activations, kept, family.modalities, tokens, dict(sites), rotations, lm_head)
 
 
 def _need(condition: bool, message: str) -> None:
@@ -237,6 +250,15 @@ def _parse_rotations(entry: Any) -> Rotations:
     return rotations
 
 
+def _parse_head(entry: Any) -> HeadFormat:
+    try:
+        head = from_plain(HeadFormat, entry, "lm_head")
+    except RecipeError as error:
+        raise CheckpointError(f"quantization_config: {error}") from error
+    _need(head.num_bits == HEAD_BITS, f"lm_head of {head.num_bits} bits is unknown")
+    return head
+
+
 def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
     """Read a `quantization_config`.
 
@@ -251,7 +273,7 @@ def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
         "install a masquant that reads it, or quantize again",
     )
     known = _KEYS | ({"rotation"} if version != 1 else set())
-    missing, extra = known - set(config), set(config) - known
+    missing, extra = known - set(config), set(config) - known - ({"lm_head"} if version != 1 else set())
     _need(not missing, f"lacks {', '.join(sorted(missing))}")
     _need(not extra, f"has unknown keys {', '.join(sorted(map(str, extra)))}")
     _need(isinstance(config["config_groups"], Mapping) and bool(config["config_groups"]), "config_groups is empty")
@@ -283,6 +305,7 @@ def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
         tokens,
         sites,
         _parse_rotations(config["rotation"]) if config.get("rotation") is not None else None,
+        _parse_head(config["lm_head"]) if config.get("lm_head") is not None else None,
     )
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Output folders: written under a temporary name and renamed, and the finished blocks of an interrupted run.
 
-While a run goes on, `OUT.partial/` holds its fingerprint and one safetensors file per finished block. `--resume`
-continues there if the fingerprint (model, recipe, calibration, versions) is the same.
+While a run goes on, `OUT.partial/` holds its fingerprint and, per finished block, a safetensors file and a record,
+which is written last: without it the block is not finished. `--resume` continues there if the fingerprint (model,
+recipe, calibration, versions) is the same. There is no config.json, so that nothing loads the folder as a model.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,13 +50,17 @@ def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
 
 
 @contextmanager
-def finished_folder(output: Path) -> Iterator[Path]:
+def finished_folder(output: Path, temporary: Path | None = None) -> Iterator[Path]:
     """A temporary folder that becomes `output` when the block succeeds, and is removed when it fails.
+
+    Args:
+        output: what it becomes.
+        temporary: its path until then, on the same disk; default beside `output`.
 
     Raises:
         CheckpointError: the disk is full or not writable.
     """
-    temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
+    temporary = temporary or output.with_name(f".{output.name}.writing-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -68,6 +74,15 @@ def finished_folder(output: Path) -> Iterator[Path]:
         raise CheckpointError(f"cannot write {output}: {error}; nothing was left behind") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output`; one that a killed run left there is removed."""
+    for leftover in output.parent.glob(f".{output.name}.scratch-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.scratch-", dir=output.parent) as folder:
+        yield Path(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -92,63 +107,139 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+    """Where two nested values differ, with both values; digests are too long to be shown."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        keys = [*found, *(key for key in wanted if key not in found)]
+        return [
+            line
+            for key in keys
+            for line in differences(found.get(key), wanted.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    if found == wanted:
+        return []
+    if any(len(str(value)) > 60 for value in (found, wanted)):
+        return [f"{path} (new)" if found is None else f"{path} (gone)" if wanted is None else path]
+    return [f"{path} (was {found}, is {wanted})"]
+
+
+Writer = Callable[[Mapping[str, Tensor], Path], None]
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file of tensors as they are named."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+
+
 class BlockStore:
     """Finished blocks of one run on disk."""
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self, folder: Path, fingerprint: Mapping[str, Any], *, resume: bool, write: Writer = write_tensors
+    ) -> None:
         """Open or create the store.
 
+        Args:
+            folder: of the store.
+            fingerprint: JSON-able, nested; all that determines the blocks.
+            resume: keep what is there, if anything is.
+            write: how tensors, by their names in the model, become a safetensors file.
+
         Raises:
-            CheckpointError: there is nothing to resume, or the finished blocks belong to another run.
+            CheckpointError: the finished blocks belong to another run, or the disk is full or not writable.
         """
-        self.folder = folder
+        self.folder, self._write = folder, write
+        self.resumed = resume
         marker = folder / "fingerprint.json"
+        wanted = json.loads(json.dumps(fingerprint))
         if resume and marker.exists():
-            found = json.loads(marker.read_text())
-            differs = [k for k in sorted(set(found) | set(fingerprint)) if found.get(k) != fingerprint.get(k)]
-            if differs:
+            try:
+                found = json.loads(marker.read_text())
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{marker} cannot be read: {error}; drop the run with --overwrite") from error
+            different = differences(found, wanted)
+            if different:
+                more = f" and {len(different) - 5} more" if len(different) > 5 else ""
                 raise CheckpointError(
-                    f"{folder} belongs to another run, {', '.join(differs)} differ; drop it with --overwrite"
+                    f"{folder} belongs to another run; what differs: {', '.join(different[:5])}{more}; do it as then, "
+                    "or drop the finished blocks with --overwrite"
                 )
+            for leftover in folder.iterdir():  # of a run that was killed: spilled hidden states, half a checkpoint
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
             return
-        if folder.exists():
-            shutil.rmtree(folder)
         try:
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            write_json(marker, dict(fingerprint))
+            write_json(marker, wanted)
         except OSError as error:
             raise CheckpointError(f"cannot write {folder}: {error}") from error
+
+    @property
+    def finished(self) -> int:
+        """How many blocks are."""
+        return len(list(self.folder.glob("block-*.json")))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.safetensors"
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and record of a finished block, None if it is not finished."""
+        """Tensors, by name inside the block, and record of a finished block; None if it is not finished.
+
+        Raises:
+            CheckpointError: a file was damaged since.
+        """
         path = self._path(index)
-        if not path.exists():
+        marker = path.with_suffix(".json")
+        if not marker.exists():
             return None
+        prefix = f"layers.{index}."
         try:
+            record = json.loads(marker.read_text())
             with safe_open(path, framework="pt") as file:
-                record = json.loads(file.metadata()["record"])
-                return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); delete it and resume again") from error
+                tensors = {name.rpartition(prefix)[2]: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); delete {marker.name} and resume again") from error
+        return tensors, record
 
     def save(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Keep a finished block.
+        """Keep a finished block, its tensors by name in the model.
 
         Raises:
             CheckpointError: the disk is full or not writable.
         """
-        path = self._path(index)
+        self._keep(self._path(index), tensors)
+        try:
+            write_json(self._path(index).with_suffix(".json"), record)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.folder}: {error}; free some space and --resume") from error
+
+    def save_part(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors that are in no block, if they are not there yet.
+
+        Raises:
+            CheckpointError: the disk is full or not writable.
+        """
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            self._keep(path, tensors)
+
+    def _keep(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write under a temporary name, see it to the disk, rename."""
         temporary = path.with_suffix(".writing")
         try:
-            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, temporary, metadata={"record": json.dumps(record)})
+            self._write(tensors, temporary)
+            with open(temporary, "rb") as stream:
+                os.fsync(stream.fileno())
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise CheckpointError(f"cannot write {path}: {error}; free some space and --resume") from error
+
+    def files(self) -> list[Path]:
+        """All tensors' files, blocks first."""
+        return sorted(self.folder.glob("*.safetensors"))
 
     def remove(self) -> None:
         """Delete the store."""

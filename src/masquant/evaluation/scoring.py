@@ -72,7 +72,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _projecting(model: PreTrainedModel, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def projecting(model: PreTrainedModel, choose: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let the model's output head see only what `choose` takes of the hidden states [batch, tokens, features].
 
     The vocabulary is so large that logits of all tokens may take more time than several decoder blocks, and more
@@ -105,7 +105,7 @@ def answer_logits(model: PreTrainedModel, batch: EncodedBatch) -> AnswerLogits:
         return hidden[samples.to(hidden.device), tokens.to(hidden.device) - 1][None]
 
     inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.inputs.items()}
-    with _projecting(model, choose):
+    with projecting(model, choose):
         logits: Tensor = core_of(model)(**inputs, use_cache=False).logits
     if logits.shape[:2] == (1, len(tokens)):
         logits = logits[0]
@@ -175,7 +175,7 @@ def decode_answers(
 ) -> dict[str, str]:
     """Greedy answers by sample id to a batch that was encoded without answers."""
     inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
-    with _projecting(model, lambda hidden: hidden[:, -1:]):
+    with projecting(model, lambda hidden: hidden[:, -1:]):
         output = core_of(model).generate(
             **inputs, **_GREEDY, max_new_tokens=max_new_tokens, pad_token_id=encoder.tokenizer.pad_token_id
         )

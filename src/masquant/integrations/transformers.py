@@ -9,10 +9,9 @@ promises before anything is loaded: from_pretrained itself would fill a missing 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -22,23 +21,17 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.format import QUANT_METHOD, CheckpointFormat, Site, TensorSpec, expected_tensors, parse_format
+from ..checkpoint.shards import DTYPES, read_header
 from ..errors import CheckpointError, ModelError
 from ..modality import ModalityState, attach_routing
 from ..models import decoder_blocks, decoder_of, experts_in, family_of, linearize, modality_tokens_of
 from ..plan import GroupPlan, group_rotation, plan_block, site_key
 from ..runtime import MasquantLinear
 from ..runtime.build import replace_group
+from ..runtime.head import MasquantHead, replace_head
 from ..runtime.transforms import LEARNED_ROTATION, attach_residual_rotation, reserve_learned_rotation
 
 _OWN_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "smooth_scale")
-_DTYPES = {
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "I8": torch.int8,
-}
 
 
 class MasquantConfig(QuantizationConfigMixin):
@@ -149,6 +142,8 @@ def build_quantized_shell(
             )
         plans.append(groups)
     reserve_learned_rotation(decoder_of(model), checkpoint.rotations)
+    if checkpoint.lm_head is not None:
+        replace_head(model, tied=checkpoint.lm_head.tied, dtype=dtype, device="meta")
     stray = sorted(set(checkpoint.sites) - used)
     if stray:
         raise CheckpointError(f"quantization_config: site {stray[0]!r} names no quantized group of the model")
@@ -159,21 +154,16 @@ def read_headers(files: Sequence[str | Path]) -> dict[str, TensorSpec]:
     """Shape and dtype of every tensor in safetensors files, without reading the tensors.
 
     Raises:
-        CheckpointError: a file is no safetensors file.
+        CheckpointError: a file is no safetensors file, or two files have a tensor of one name.
     """
     found: dict[str, TensorSpec] = {}
     for file in files:
-        try:
-            with open(file, "rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                if length > 100_000_000:
-                    raise ValueError(f"a header of {length} bytes")
-                header = json.loads(stream.read(length))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    found[name] = (tuple(entry["shape"]), _DTYPES.get(entry["dtype"]))
-        except (OSError, ValueError, KeyError, TypeError, struct.error, AttributeError) as error:
-            raise CheckpointError(f"{Path(file).name} is no safetensors file: {error}") from error
+        for name, entry in read_header(file)[0].items():
+            if name in found:
+                raise CheckpointError(
+                    f"{Path(file).name} holds {name}, which another file of the checkpoint holds too"
+                )
+            found[name] = (tuple(entry["shape"]), DTYPES.get(entry["dtype"]))
     return found
 
 
@@ -213,9 +203,13 @@ def verify_tensors(found: dict[str, TensorSpec], expected: dict[str, TensorSpec]
                 raise CheckpointError(f"the checkpoint has both {name} and a float {plain}")
 
 
+def _in_block(module: nn.Module) -> TypeGuard[MasquantLinear]:
+    return isinstance(module, MasquantLinear) and not isinstance(module, MasquantHead)
+
+
 def quantized_linears(model: nn.Module) -> dict[str, MasquantLinear]:
-    """All quantized linears by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MasquantLinear)}
+    """All quantized linears of the blocks by name."""
+    return {name: module for name, module in model.named_modules() if _in_block(module)}
 
 
 def state_of(model: nn.Module) -> ModalityState:
@@ -225,7 +219,7 @@ def state_of(model: nn.Module) -> ModalityState:
         ModelError: the model is not quantized.
     """
     for module in model.modules():
-        if isinstance(module, MasquantLinear):
+        if _in_block(module):
             return module.state
     raise ModelError(
         "the model has no masquant linears; if it comes from a masquant checkpoint, `import masquant` before loading "
@@ -240,8 +234,8 @@ def check_loaded(model: nn.Module) -> None:
         CheckpointError: a scale that is zero or not finite, a stored shape that differs, or a vector for text
             that is not folded.
     """
-    for name, module in quantized_linears(model).items():
-        if module.weight_packed.is_meta:  # offloaded
+    for name, module in model.named_modules():
+        if not isinstance(module, MasquantLinear) or module.weight_packed.is_meta:  # offloaded
             continue
         if module.weight_shape.tolist() != [module.out_features, module.in_features]:
             raise CheckpointError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from .grids import limits
 
 _BLOCK = 64
+_TRIANGLE = 256  # triangles of this size are inverted at once
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
@@ -23,7 +24,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
     A Hessian of all zeros becomes the identity.
     """
-    h = hessian.double().clone()
+    h = hessian.to(torch.float64, copy=True)
     diagonal = h.diagonal()
     mean = float(diagonal.mean())
     if mean <= 0:
@@ -32,22 +33,40 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return h
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor U of the damped inverse, H^-1 = U^T U, float64 [in, in].
+def inverse_factor(hessian: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Upper Cholesky factor U of the damped inverse, H^-1 = U^T U, [in, in], computed in float64 and given as `dtype`.
 
-    Damping is raised tenfold, up to the diagonal's mean, where a singular H needs it.
+    With rows and columns in reverse order H = L L^T and U = L^-1: one factorization and one triangular inverse, in
+    place. Damping is raised tenfold, up to the diagonal's mean, where a singular H needs it.
 
     Raises:
         RuntimeError: H has negative eigenvalues or is not finite.
     """
     while True:
+        h = damped(hessian.flip(0, 1), damping)
         try:
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(hessian, damping)))
-            return torch.linalg.cholesky(inverse, upper=True)
+            torch.linalg.cholesky(h, out=h)
         except RuntimeError:  # torch.linalg.LinAlgError
             if damping >= 1:
                 raise
             damping = min(1.0, max(damping, 1e-4) * 10)
+            continue
+        invert_triangular(h)
+        return h.to(dtype).flip(0, 1)
+
+
+def invert_triangular(lower: Tensor) -> None:
+    """Replace a lower triangular matrix [n, n] by its inverse, halves first: [[A, 0], [B, C]]^-1 has C^-1 B A^-1
+    below, negated."""
+    size = len(lower)
+    if size <= _TRIANGLE:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = size // 2
+    invert_triangular(lower[:half, :half])
+    invert_triangular(lower[half:, half:])
+    lower[half:, :half] = -(lower[half:, half:] @ (lower[half:, :half] @ lower[:half, :half]))
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,7 @@ class GptqFactor:
 def factorize(hessian: Tensor, damping: float = 0.01) -> GptqFactor:
     """Prepare a Hessian [in, in], the inputs' second moment, with `damping` times its mean diagonal added."""
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    return GptqFactor(order, inverse_factor(hessian[order][:, order], damping).float())
+    return GptqFactor(order, inverse_factor(hessian[order[:, None], order], damping, torch.float32))
 
 
 def round_gptq(

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +16,11 @@ from ..errors import ModelError
 from ..modality import Modality, ModalityState
 from ..quantization import SCALE_DTYPE, dequantize_weight, packed_columns, unpack
 from ..rotation import Rotation
-from . import ops
+from . import native, ops
+from .packed import PackedGroup
 
 SMOOTH_DTYPE = torch.bfloat16
+PACKED_NAMES = ("weight_packed", "weight_scale")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,6 @@ class LinearSpec:
 class PreparedInput:
     """A group's input, quantized once for all its linears."""
 
-    source: Tensor
     q: Tensor
     scale: Tensor
     projected: tuple[Tensor, ...]
@@ -65,32 +68,79 @@ class PreparedInput:
 
 
 class GroupInput:
-    """What the linears of one group share: the leader's `smooth_scale` and `a`, and the input last prepared.
+    """What the linears of one group share: the leader's `smooth_scale` and `a`, the kernels' packed tensors, and what
+    was last computed for all of them.
 
-    The first linear that a block calls is the leader: it owns the shared tensors, prepares its input and leaves it for
-    the others, which are called with the same tensor right after it.
+    The first linear that a block calls is the leader: it owns the shared tensors, prepares its input (with kernels:
+    computes all outputs) and leaves that for the others, which are called with the same tensor right after it.
     """
 
     def __init__(self, members: int) -> None:
         self.followers = members - 1
-        self.leader: tuple[MasquantLinear, ...] = ()  # in a tuple, so that no module owns it twice
-        self.prepared: PreparedInput | None = None
+        self.linears: list[MasquantLinear] = []  # no module itself, so that none owns another twice
+        self.packed: PackedGroup | None = None
+        self.lock = threading.Lock()
+        self.source: Tensor | None = None
+        self.work: PreparedInput | list[Tensor] | None = None
         self.remaining = 0
 
-    def take(self, x: Tensor) -> PreparedInput | None:
-        """The prepared input of `x`, if `x` is the tensor that the leader has just seen."""
-        prepared = self.prepared
-        if prepared is None or prepared.source is not x:
+    @property
+    def leader(self) -> MasquantLinear:
+        """The linear that owns the shared tensors."""
+        return self.linears[0]
+
+    def take(self, x: Tensor) -> PreparedInput | list[Tensor] | None:
+        """The work on `x`, if `x` is the tensor that the leader has just seen."""
+        work = self.work
+        if work is None or self.source is not x:
             return None
         self.remaining -= 1
         if self.remaining == 0:
-            self.prepared = None
-        return prepared
+            self.source = self.work = None
+        return work
 
-    def leave(self, prepared: PreparedInput) -> None:
-        """Keep the leader's input until every follower has taken it."""
+    def leave(self, x: Tensor, work: PreparedInput | list[Tensor]) -> None:
+        """Keep the leader's work until every follower has taken it."""
         if self.followers:
-            self.prepared, self.remaining = prepared, self.followers
+            self.source, self.work, self.remaining = x, work, self.followers
+
+    def pack(self) -> PackedGroup:
+        """The group in the kernels' layout, which replaces `weight_packed` and `weight_scale` of its linears."""
+        with self.lock:
+            if self.packed is None:
+                leader, modalities = self.leader, self.leader.state.tokens.modalities
+                patches: dict[int, tuple[Tensor, list[Tensor], Tensor | None]] = {}
+                for key, factors in leader.compensation.items():
+                    rows = range(len(modalities)) if key == ALL_TOKENS else [modalities.index(Modality(key))]
+                    b = [cast(Compensation, linear.compensation[key]).b for linear in self.linears]
+                    patches |= {
+                        row: (cast(Tensor, factors.a), b, cast("Tensor | None", factors.scale)) for row in rows
+                    }
+                spec = leader.spec
+                self.packed = PackedGroup(
+                    [linear.weight_packed for linear in self.linears],
+                    [linear.weight_scale for linear in self.linears],
+                    [linear.bias for linear in self.linears],
+                    in_features=spec.in_features,
+                    num_bits=spec.num_bits,
+                    activation_bits=spec.activation_bits,
+                    smooth=leader.smooth_scale,
+                    patches=patches,
+                    modalities=len(modalities),
+                    rotation=spec.rotation,
+                )
+                for linear in self.linears:
+                    del linear.weight_packed, linear.weight_scale
+            return self.packed
+
+    def unpack(self) -> None:
+        """Back to the checkpoint's tensors."""
+        with self.lock:
+            packed, self.packed = self.packed, None
+            if packed is not None:
+                for member, linear in enumerate(self.linears):
+                    for name, tensor in zip(PACKED_NAMES, packed.unpack(member), strict=True):
+                        linear.register_buffer(name, tensor)
 
 
 class Compensation(nn.Module):
@@ -134,9 +184,9 @@ class MasquantLinear(nn.Module):
         device = torch.device(device) if device is not None else None
         self.spec, self.state, self.group = spec, state, group
         self.in_features, self.out_features = spec.in_features, spec.out_features
-        self.is_leader = not group.leader
-        if self.is_leader:
-            group.leader = (self,)
+        self.member = len(group.linears)
+        self.is_leader = self.member == 0
+        group.linears.append(self)
         words = packed_columns(spec.in_features, spec.num_bits)
         self.register_buffer("weight_packed", torch.zeros(spec.out_features, words, dtype=torch.int32, device=device))
         self.register_buffer(
@@ -166,19 +216,44 @@ class MasquantLinear(nn.Module):
         rotated = ", rotated input" if s.rotation else ""
         return f"in_features={s.in_features}, out_features={s.out_features}, {grid}{rotated}"
 
+    def __getattr__(self, name: str) -> Any:
+        if name in PACKED_NAMES and self.group.packed is not None:  # read from the kernels' layout
+            return self.group.packed.unpack(self.member)[PACKED_NAMES.index(name)]
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.group.packed is not None:
+            for name in PACKED_NAMES:
+                destination[prefix + name] = getattr(self, name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.group.unpack()  # moved or cast as the checkpoint's tensors; packed again when next called on a CPU
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.group.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def dequantize(self) -> Tensor:
         """The smoothed weight as stored, float32 [out, in]."""
         return dequantize_weight(unpack(self.weight_packed, self.spec.num_bits, self.in_features), self.weight_scale)
 
-    def _prepare(self, x: Tensor) -> PreparedInput:
+    def packed(self, device: torch.device) -> PackedGroup | None:
+        """The group in the kernels' layout; None where PyTorch computes it: on other devices than CPUs, and
+        without kernels."""
+        if self.group.packed is not None:
+            return self.group.packed
+        if device.type != "cpu" or len(self.group.linears) <= self.group.followers:
+            return None
+        return self.group.pack() if native.library() is not None else None
+
+    def _prepare(self, x: Tensor, rows: Tensor | None) -> PreparedInput:
         """Smooth and quantize x [..., in], and project it for the patches of the modalities that it holds."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ModelError("a masquant model cannot be trained or differentiated; wrap the call in torch.no_grad()")
-        leader = self.group.leader[0]
-        rows = self.state.rows_for(x)
+        leader = self.group.leader
         flat = x.reshape(-1, self.in_features)
         if self.spec.rotation is not None:
-            flat = self.spec.rotation.apply(flat)
+            flat = self.spec.rotation.apply(flat.float())
         smooth = leader.smooth_scale if rows is not None else None  # text's vector is folded: row 0 is ones
         q, scale = torch.ops.masquant.quantize_input(flat, rows, smooth, self.spec.activation_bits)
         patched: list[str] = []
@@ -190,7 +265,7 @@ class MasquantLinear(nn.Module):
             patched.append(name)
             part = torch.ops.masquant.project_input(flat, rows, smooth, factors.a, row)
             projected.append(part if factors.scale is None else part * factors.scale.float())
-        return PreparedInput(x, q, scale, tuple(projected), tuple(patched))
+        return PreparedInput(q, scale, tuple(projected), tuple(patched))
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out] of x [..., in]; the tokens' modalities come from the forward pass in progress.
@@ -198,22 +273,33 @@ class MasquantLinear(nn.Module):
         Raises:
             ModelError: the tokens cannot be routed, or gradients are wanted.
         """
-        if torch.compiler.is_compiling():
-            prepared = self._prepare(x)  # the compiler shares equal work by itself
-        elif self.is_leader:
-            prepared = self._prepare(x)
-            self.group.leave(prepared)
-        else:
-            prepared = self.group.take(x) or self._prepare(x)
-        b = [self.compensation[key].b for key in prepared.patched]
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ModelError("a masquant model cannot be trained or differentiated; wrap the call in torch.no_grad()")
+        compiling = torch.compiler.is_compiling()
+        work = None if compiling or self.is_leader else self.group.take(x)
+        if work is None:
+            rows = self.state.rows_for(x)
+            packed = self.packed(x.device)
+            if packed is None:
+                work = self._prepare(x, rows)
+            elif compiling:
+                work = torch.ops.masquant.group_forward(
+                    x.reshape(-1, self.in_features), rows, packed.handle, list(packed.rows)
+                )
+            else:
+                work = packed.forward(x.reshape(-1, self.in_features), rows)
+            if self.is_leader and not compiling:  # the compiler shares equal work by itself
+                self.group.leave(x, work)
+        if isinstance(work, list):
+            return work[self.member].view(*x.shape[:-1], self.out_features).to(x.dtype)
         y = torch.ops.masquant.linear(
-            prepared.q,
-            prepared.scale,
+            work.q,
+            work.scale,
             self.weight_packed,
             self.weight_scale,
             self.bias,
-            list(prepared.projected),
-            b,
+            list(work.projected),
+            [self.compensation[key].b for key in work.patched],
             self.spec.num_bits,
             x.dtype,
         )

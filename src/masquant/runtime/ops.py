@@ -93,6 +93,8 @@ def _(x: Tensor, rows: Tensor | None, smooth_scale: Tensor | None, a: Tensor, ro
 
 def _integer_product(q: Tensor, w: Tensor) -> Tensor:
     """Exact q w^T of int8 [tokens, in] and int8 [out, in], as float32 or int32."""
+    if q.shape[1] == 1:
+        return q.int() * w.t().int()  # where _int_mm reads beyond the single column
     if q.device.type == "cpu":
         return torch._int_mm(q, w.t())
     # |sum| <= 127 * 127 * 1024 < 2^24: exact in float32 (and in TF32, whose inputs hold 8-bit integers).

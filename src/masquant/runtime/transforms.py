@@ -15,6 +15,14 @@ from ..rotation import Rotation, Rotations
 LEARNED_ROTATION = "residual_rotation"  # the decoder's buffer with the learned part, float32 [hidden, hidden]
 
 
+_ATTACHED = "_masquant_residual_rotation"
+
+
+def residual_rotation_of(decoder: nn.Module) -> Rotation | None:
+    """The rotation that `attach_residual_rotation` attached."""
+    return getattr(decoder, _ATTACHED, None)
+
+
 def reserve_learned_rotation(decoder: nn.Module, rotations: Rotations | None) -> None:
     """Give the decoder its buffer for the learned part, on the meta device, to be loaded into."""
     if rotations is not None and rotations.learned:
@@ -48,6 +56,7 @@ def attach_residual_rotation(
     if not isinstance(norm, nn.Module):
         raise ModelError(f"{type(decoder).__name__} has no last norm `norm`; its residual stream cannot be rotated")
     residual = rotation
+    setattr(decoder, _ATTACHED, residual)
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
