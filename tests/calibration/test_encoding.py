@@ -24,9 +24,11 @@ ENDING = dict.fromkeys(FAMILIES, "<|im_end|>") | {"llava": "", "gemma3": "<end_o
 ENDING |= {"smolvlm": "<end_of_utterance>", "phi4_multimodal": "<|end|>", "gemma4": "<turn|>", "gemma4_moe": "<turn|>"}
 
 PER_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
-PADDED = {"phi4_multimodal": {"audio_input_features", "audio_attention_mask"}}  # to the longest of the batch
-PADDED |= dict.fromkeys(("gemma4", "gemma4_moe"), frozenset({"input_features", "input_features_mask"}))
-PADDED["minicpmv"] = {"pixel_values"}  # patches of all pictures side by side
+# Padded to the longest of the batch, or (the last) the patches of all pictures side by side
+_FEATURES = frozenset({"input_features", "input_features_mask", "feature_attention_mask"})
+PADDED = dict.fromkeys(("gemma4", "gemma4_moe", "qwen3_omni_moe", "qwen3_omni_moe_full"), _FEATURES)
+PADDED |= {"phi4_multimodal": frozenset({"audio_input_features", "audio_attention_mask"})}
+PADDED |= {"minicpmv": frozenset({"pixel_values"})}
 PER_SAMPLE = {"smolvlm": {"pixel_values", "pixel_attention_mask"}}  # padded to the sample with most pictures
 
 
@@ -214,7 +216,7 @@ def test_a_batch_holds_what_its_samples_hold_alone(family: str) -> None:
             assert torch.equal(batch.inputs[name][row, -length:], one.inputs[name][0])
         for name in PER_SAMPLE.get(family, set()) & set(one.inputs):
             assert torch.equal(batch.inputs[name][row, : one.inputs[name].shape[1]], one.inputs[name][0])
-    for name in set(batch.inputs) - PER_TOKEN - PADDED.get(family, set()) - PER_SAMPLE.get(family, set()):
+    for name in set(batch.inputs) - PER_TOKEN - PADDED.get(family, frozenset()) - PER_SAMPLE.get(family, set()):
         parts = [one.inputs[name] for one in alone if name in one.inputs]
         if parts and name != "batch_num_images":
             assert torch.equal(batch.inputs[name], torch.cat(parts)), name

@@ -54,11 +54,11 @@ def test_only_the_answers_are_projected(family: str, tmp_path: Path) -> None:
         found = answer_logits(model, batch)
         count = int(batch.answer_mask.sum())
         assert shapes[-1][:2] == (1, count)
-        torch.testing.assert_close(found.logits, wanted_logits(model, batch), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.logits, wanted_logits(core_of(model), batch), rtol=1e-4, atol=1e-4)
         assert found.targets.tolist() == batch.inputs["input_ids"][batch.answer_mask].tolist()
         assert found.samples.tolist() == batch.answer_mask.nonzero()[:, 0].tolist()
     hook.remove()
-    assert not model.get_output_embeddings()._forward_pre_hooks
+    assert not core_of(model).get_output_embeddings()._forward_pre_hooks
 
 
 def test_a_model_that_hides_its_head_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
