@@ -15,7 +15,7 @@ import masquant
 from masquant.calibration.encoding import SampleEncoder
 from masquant.errors import KernelError, ModelError
 from masquant.generation import native_decoder, stream
-from masquant.models import decoder_of
+from masquant.models import core_of, decoder_of
 from masquant.recipe import CompensationArgs, Recipe
 from masquant.runtime import native
 
@@ -47,7 +47,7 @@ def omni(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[dict[str, 
 
 def generated(model: Any, inputs: dict[str, Tensor], **options: Any) -> list[int]:
     with torch.inference_mode():
-        out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
+        out = core_of(model).generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
     ids: list[int] = out[0, inputs["input_ids"].shape[1] :].tolist()
     return ids
 

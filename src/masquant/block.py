@@ -19,8 +19,8 @@ from .calibration.statistics import GroupStatistics, InputRanges, describe_range
 from .checkpoint.format import Site
 from .errors import ModelError
 from .modality import Modality, ModalityState
-from .models import LinearGroup, ModelFamily, linear_of
-from .plan import GroupPlan, group_rotation
+from .models import LinearGroup, ModelFamily, groups_of, linear_of
+from .plan import GroupPlan, folds_text, group_rotation
 from .quantization import pack
 from .recipe import Recipe
 from .rotation import Rotation, Rotations
@@ -42,16 +42,23 @@ def stacked_fold(group: GroupPlan, folds: Mapping[str, Tensor], device: torch.de
     return torch.cat([folds.get(p.name, torch.ones(p.out_features, device=device)) for p in group.linears])
 
 
-def _heads_of(group: LinearGroup, block: nn.Module, config: Any, features: int) -> tuple[int, int]:
-    """Query heads and key-value heads behind an input of `features`."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    rows = linear_of(block, group.fold_into).out_features
-    if heads % kv_heads or features % heads or rows != features // heads * kv_heads:
+def source_rows(block: nn.Module, group: LinearGroup, config: Any, features: int) -> slice:
+    """The rows of the linear `fold_into` that give a group's input of `features`.
+
+    Raises:
+        ModelError: it has another number of rows.
+    """
+    rows, count, heads = linear_of(block, group.fold_into).out_features, features, ""
+    if group.fold_kind == "heads":
+        number, kv_number = config.num_attention_heads, config.num_key_value_heads
+        heads = f" ({number} heads, {kv_number} of keys and values)"
+        count = 0 if number % kv_number or features % number else features // number * kv_number
+    if not count or rows < count or (rows > count and not group.fused):
         raise ModelError(
-            f"{group.fold_into} has {rows} rows for {kv_heads} of {heads} heads, {features} inputs of {group.name}; "
-            "the family's description is wrong for this model"
+            f"{group.fold_into} has {rows} rows, which do not give the {features} inputs of {group.name}{heads}; the "
+            "family's description is wrong for this model"
         )
-    return heads, kv_heads
+    return slice(rows - count, rows)
 
 
 def _turn(rows: Tensor, rotation: Rotation, gain: Tensor | None = None) -> None:
@@ -79,28 +86,24 @@ def rotate_block(
     """
     residual = rotations.of_residual(config.hidden_size, learned)
     planned = {group.name: group for group in groups}
-    for group in family.groups:
+    if residual is not None:
+        _rotate_readers(block, family, residual)
+    for group in groups_of(block, family):
         linears = [linear_of(block, name) for name in group.linears]
-        if residual is not None and group.fold_kind == "norm":
-            norm = block.get_submodule(group.fold_into)
-            if getattr(norm, "bias", None) is not None:
-                raise ModelError(f"{group.fold_into} has a bias: the residual stream cannot be rotated")
-            gain = cast(nn.Parameter, norm.weight)
-            for linear in linears:
-                _turn(linear.weight, residual, gain.double())
-            gain.fill_(1.0)
         if residual is not None and group.writes_residual:
             for linear in linears:
                 _turn(linear.weight.t(), residual)
                 if linear.bias is not None:
                     linear.bias.copy_(residual.apply(linear.bias.double()))
-        if group.fold_kind == "heads" and rotations.heads:
+        if group.fold_kind == "heads" and group.rotates_heads and rotations.heads:
             size = linears[0].in_features // config.num_attention_heads
             heads, values = cast(Rotation, rotations.of_heads(size)), linear_of(block, group.fold_into)
-            turned = heads.apply(values.weight.double().t().unflatten(1, (-1, size))).flatten(1)
-            values.weight.copy_(turned.t())
+            rows = source_rows(block, group, config, linears[0].in_features)
+            turned = heads.apply(values.weight[rows].double().t().unflatten(1, (-1, size))).flatten(1)
+            values.weight[rows] = turned.t().to(values.weight.dtype)
             if values.bias is not None:
-                values.bias.copy_(heads.apply(values.bias.double().unflatten(0, (-1, size))).flatten())
+                turned = heads.apply(values.bias[rows].double().unflatten(0, (-1, size))).flatten()
+                values.bias[rows] = turned.to(values.bias.dtype)
             for linear in linears:
                 linear.weight.copy_(heads.apply(linear.weight.double().unflatten(1, (-1, size))).flatten(1))
         rotation = group_rotation(planned.get(group.name), rotations)
@@ -110,17 +113,34 @@ def rotate_block(
             attach_input_rotation(linear, rotation)
 
 
+def _rotate_readers(block: nn.Module, family: ModelFamily, residual: Rotation) -> None:
+    """Give what reads the residual stream behind a norm the norm's gain and the rotation."""
+    readers: dict[str, set[str]] = {}
+    for group in groups_of(block, family):
+        if group.fold_kind == "norm":
+            readers.setdefault(group.fold_into, set()).update((*group.linears, *group.readers))
+    for name, modules in readers.items():
+        norm = block.get_submodule(name)
+        if getattr(norm, "bias", None) is not None:
+            raise ModelError(f"{name} has a bias: the residual stream cannot be rotated")
+        gain = cast(nn.Parameter, norm.weight)
+        for weight in (cast(nn.Parameter, block.get_submodule(module).weight) for module in modules):
+            _turn(weight, residual, gain.double() + family.norm_offset)
+        gain.fill_(1.0 - family.norm_offset)
+
+
 def stream_samples(
     block: nn.Module, family: ModelFamily, rotation: Rotation, group_size: int, rows: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Rows [rows, hidden] of a float block's linears that read the residual stream and columns [hidden, group_size] of
     those that write it, as the rotation's fixed part leaves them, float32."""
     readers, writers = [], []
-    for group in family.groups:
+    for group in groups_of(block, family):
         for linear in (linear_of(block, name) for name in group.linears):
             weight = linear.weight.detach().double()
             if group.fold_kind == "norm":
                 gain = cast(Tensor, block.get_submodule(group.fold_into).weight).detach().double()
+                gain = gain + family.norm_offset
                 readers.append(rotation.apply(weight[:: max(len(weight) // rows, 1)] * gain).float())
             if group.writes_residual:
                 starts = range(0, weight.shape[1], group_size)[:: max(weight.shape[1] // group_size // 4, 1)]
@@ -128,28 +148,33 @@ def stream_samples(
     return readers, writers
 
 
-def text_realizer(block: nn.Module, group: GroupPlan, config: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def text_realizer(
+    block: nn.Module, family: ModelFamily, group: GroupPlan, config: Any, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
     """Function from the vector wanted for text to the nearest one that can be folded exactly in the model's dtype."""
     kind = group.group.fold_kind
     if kind == "norm":
         weight = cast(Tensor, block.get_submodule(group.group.fold_into).weight).detach().to(dtype)
-        return lambda scale: exact_norm_fold(weight, scale)[1]
+        return lambda scale: exact_norm_fold(weight, scale, family.norm_offset)[1]
+    source_rows(block, group.group, config, group.in_features)
     if kind == "heads":
-        heads, kv_heads = _heads_of(group.group, block, config, group.in_features)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         return lambda scale: share_across_query_heads(scale, heads, kv_heads)
     return lambda scale: scale
 
 
-def fold_vector(group: GroupPlan, scale: Tensor, config: Any) -> Tensor:
+def fold_vector(block: nn.Module, group: GroupPlan, scale: Tensor, config: Any) -> Tensor:
     """Factor [rows] of the linear that takes in text's vector `scale` [in] of a group."""
+    rows = source_rows(block, group.group, config, group.in_features)
     if group.group.fold_kind == "heads":
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         scale = scale.unflatten(0, (kv_heads, heads // kv_heads, -1))[:, 0].flatten()
-    return 1.0 / scale
+    return torch.cat((scale.new_ones(rows.start), 1.0 / scale))
 
 
 def solve_block(
     block: nn.Module,
+    family: ModelFamily,
     groups: tuple[GroupPlan, ...],
     statistics: Callable[[GroupPlan], GroupStatistics],
     state: ModalityState,
@@ -164,6 +189,7 @@ def solve_block(
 
     Args:
         block: unquantized.
+        family: of the model.
         groups: of the block.
         statistics: by group, asked for once each, the last group first.
         state: the model's modalities.
@@ -180,29 +206,31 @@ def solve_block(
     for group in reversed(groups):
         weight = stacked_weight(block, group)
         row_fold = stacked_fold(group, folds, weight.device)
+        folded = folds_text(group, recipe.rotations)
         problem = GroupProblem(
-            group.name,
+            group.role,
             weight,
             statistics(group),
             state.tokens.modalities,
             recipe,
             group.linears[0].grid,
             modality_weights(group.name),
-            text_realizer(block, group, config, dtype),
+            text_realizer(block, family, group, config, dtype) if folded else torch.ones_like,
             row_fold,
             learned.get(group.name),
             *terms(group, sum(added_bytes(s) for s in solutions.values())),
         )
         solution = solutions[group.name] = solve_group(problem)
         del problem  # and its statistics, before the next group's come
-        if group.group.fold_kind != "norm":
-            folds[group.group.fold_into] = fold_vector(group, solution.text_scale, config)
+        if group.group.fold_kind != "norm" and folded:
+            folds[group.group.fold_into] = fold_vector(block, group, solution.text_scale, config)
     return solutions, folds
 
 
 @torch.no_grad()
 def apply_solutions(
     block: nn.Module,
+    family: ModelFamily,
     groups: tuple[GroupPlan, ...],
     solutions: Mapping[str, GroupSolution],
     folds: Mapping[str, Tensor],
@@ -214,11 +242,11 @@ def apply_solutions(
     sites: dict[str, Site] = {}
     for group in groups:
         solution = solutions[group.name]
-        if group.group.fold_kind == "norm":
+        if group.group.fold_kind == "norm" and folds_text(group, recipe.rotations):
             norm = cast(Tensor, block.get_submodule(group.group.fold_into).weight)
-            norm.copy_(exact_norm_fold(norm.to(dtype), solution.text_scale)[0])
-        for name in group.kept:  # left in floating point: its input is divided by text's vector all the same
-            linear_of(block, name).weight.mul_(solution.text_scale)
+            norm.copy_(exact_norm_fold(norm.to(dtype), solution.text_scale, family.norm_offset)[0])
+        for name in (*group.kept, *group.group.readers):  # in floating point: their input is divided all the same
+            cast(Tensor, block.get_submodule(name).weight).mul_(solution.text_scale)
     quantized = {linear.name for group in groups for linear in group.linears}
     for name, factor in folds.items():
         if name not in quantized:

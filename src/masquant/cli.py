@@ -611,6 +611,20 @@ def demo(
     run_demo(output, scheme.value, quick=quick, overwrite=overwrite, json_file=json_file, progress=_progress(quiet))
 
 
+@app.command()
+def families(as_json: JsonOption = False) -> None:
+    """The model families that are supported, as a Markdown table.
+
+    Example: `masquant families`
+    """
+    from .models.table import family_rows, family_table
+
+    if as_json:
+        _print_json(family_rows())
+    else:
+        typer.echo(family_table())
+
+
 def main() -> None:
     """Entry point: 0 done, 1 refused or failed, 2 wrong usage."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

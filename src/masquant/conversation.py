@@ -25,6 +25,7 @@ from .errors import DataError
 from .evaluation.scoring import projecting
 from .generation import decodes_natively
 from .generation import stream as native_stream
+from .models import core_of
 
 Role = Literal["system", "user", "assistant"]
 
@@ -211,7 +212,7 @@ def stream(
                         break
                 return
             with torch.inference_mode(), projecting(model, lambda hidden: hidden[:, -1:]):
-                model.generate(
+                core_of(model).generate(
                     **{name: value.to(model.device) for name, value in inputs.items()},
                     **options,
                     max_new_tokens=sampling.max_new_tokens,
@@ -227,7 +228,7 @@ def stream(
 
 def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     """Tokens that end an answer, by the generation config or else by the tokenizer."""
-    config: Any = model.generation_config
+    config: Any = core_of(model).generation_config
     found = getattr(config, "eos_token_id", None)
     if found is None:
         found = tokenizer.eos_token_id
@@ -253,7 +254,9 @@ class Responder:
         Raises:
             DataError: the processor cannot be used; see `SampleEncoder`.
         """
-        own: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_CONTEXT
+        own: int = (
+            getattr(core_of(model).config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_CONTEXT
+        )
         self.max_tokens = min(own, max_tokens or own)
         self.model = model
         self.encoder = SampleEncoder(processor, max_tokens=self.max_tokens)

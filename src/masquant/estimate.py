@@ -24,8 +24,8 @@ from .calibration.gradients import token_gradients
 from .checkpoint.store import write_tensors
 from .errors import DataError
 from .modality import ModalityState
-from .models import family_of, modality_tokens_of
-from .pipeline import COMPARED_BLOCKS, Calibration, rotate_stream
+from .models import modality_tokens_of
+from .pipeline import COMPARED_BLOCKS, Calibration, rotate_stream, without_inexact
 from .plan import Plan
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
@@ -82,7 +82,7 @@ class _FirstBlocks(AbstractBlocks):
     """The first blocks of a model, to try things on."""
 
     def __init__(self, blocks: AbstractBlocks, count: int) -> None:
-        self.model, self._blocks, self._count = blocks.model, blocks, count
+        self.model, self.family, self._blocks, self._count = blocks.model, blocks.family, blocks, count
 
     def __len__(self) -> int:
         return self._count
@@ -148,6 +148,7 @@ def estimate(
     if not samples:
         raise DataError("no samples: an estimate needs at least one")
     progress = progress or NoProgress()
+    recipe, _ = without_inexact(recipe, plan.family)
     tried = some_samples(samples, TRIED_BATCHES * batch_size)
     ratio = sum(map(estimated_tokens, samples)) / sum(map(estimated_tokens, tried))
     trial, stages = Trial(), {"reading": reading}
@@ -176,7 +177,7 @@ def estimate(
         rehearsal.seconds["prepare"] = max(whole - sum(rehearsal.seconds.values()), 0.0)
         stages["rotations compared"] = scaled(rehearsal.seconds, ratio, 2 * min(COMPARED_BLOCKS, len(blocks)))
         trial.measured("blocks", start)
-    rotate_stream(inputs, recipe, blocks.model.get_input_embeddings().embedding_dim, None)
+    inputs = rotate_stream(inputs, recipe, blocks.hidden_size, None)
     run = Run(one, recipe, first, state, inputs, device, [], NoProgress(), held, gradients)
     run.moment_bytes = memory
     if recipe.budget is not None:
@@ -202,13 +203,11 @@ def estimate(
 
 def _try_gradients(blocks: AbstractBlocks, inputs: Any, recipe: Recipe, device: torch.device, trial: Trial) -> float:
     """Seconds of all blocks' gradients, from those of one block and of two."""
-    groups = family_of(blocks.model.config).groups
     taken = []
     for count in (1, min(2, len(blocks))):
         start = time.monotonic()
         token_gradients(
             _FirstBlocks(blocks, count),
-            groups,
             inputs,
             samples=recipe.gradient.samples,
             seed=recipe.seed,

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from .errors import KernelError, ModelError
 from .integrations.transformers import quantized_linears, state_of
-from .models import decoder_of
+from .models import core_of, decoder_of, family_of
 from .runtime.decoder import NativeDecoder, unsupported
 from .runtime.transforms import residual_rotation_of
 
@@ -45,10 +45,12 @@ def native_decoder(model: PreTrainedModel) -> NativeDecoder:
     if found is not None and found.is_current:
         return found
     problem = unsupported(decoder)
+    if family_of(model.config).stream_inputs:
+        problem = "features of pictures are added to its hidden states between blocks"
     if problem is not None:
         raise KernelError(f"{type(model).__name__} cannot decode in the kernels: {problem}")
     native = NativeDecoder(decoder, state_of(model))
-    _compare(model, native)
+    _compare(core_of(model), native)
     _decoders[model] = native
     return native
 
@@ -182,11 +184,11 @@ def stream(
         KernelError: the kernels cannot run this model.
         ModelError: an unknown option, or more than one conversation.
     """
-    settings = _settings(model, max_new_tokens, options)
+    settings = _settings(core_of(model), max_new_tokens, options)
     ids = inputs["input_ids"]
     if ids.shape[0] != 1:
         raise ModelError(f"one conversation at a time, got {ids.shape[0]}")
-    return _tokens(model, native_decoder(model), dict(inputs), settings, max_new_tokens, seed)
+    return _tokens(core_of(model), native_decoder(model), dict(inputs), settings, max_new_tokens, seed)
 
 
 def _tokens(

@@ -34,11 +34,13 @@ class Modality(str, Enum):
 class ModalityTokens:
     """The modalities of one model, text first, with the placeholder token ids of the others.
 
-    A *modality id* is a position in `modalities`: it is the row of `smooth_scale` that the token uses.
+    A *modality id* is a position in `modalities`: it is the row of `smooth_scale` that the token uses. `last_tokens`:
+    some blocks get only the last tokens of each sample when text is generated.
     """
 
     modalities: tuple[Modality, ...]
     token_ids: Mapping[Modality, tuple[int, ...]]
+    last_tokens: bool = False
 
     def __post_init__(self) -> None:
         if not self.modalities or self.modalities[0] is not Modality.TEXT:
@@ -96,6 +98,25 @@ class ModalityState:
         self.ids = ids
         self.has_media = ids is not None and (torch.compiler.is_compiling() or bool(ids.any()))
 
+    @contextmanager
+    def selected(self, rows: Tensor, tokens: int) -> Iterator[None]:
+        """Meanwhile the ids are those of the tokens `rows` [n] of `tokens` in all, as an expert sees them."""
+        whole = self.ids
+        if whole is not None and self.has_media:
+            ids = self._fitting(whole, tokens)
+            self.ids = ids[rows.to(ids.device)] if len(ids) == tokens else ids
+        try:
+            yield
+        finally:
+            self.ids = whole
+
+    def _fitting(self, ids: Tensor, tokens: int) -> Tensor:
+        """The ids, flattened; of the last tokens of each sample, where the model may drop the others."""
+        samples = len(ids)
+        if self.tokens.last_tokens and ids.dim() == 2 and tokens < ids.numel() and tokens % samples == 0:
+            ids = ids[:, ids.shape[1] - tokens // samples :]
+        return ids.reshape(-1)
+
     def rows_for(self, x: Tensor) -> Tensor | None:
         """Modality ids, flattened [tokens], of the rows of `x` [..., features]; None if all are text.
 
@@ -110,12 +131,13 @@ class ModalityState:
         if not self.has_media:
             return None
         rows = x.numel() // x.shape[-1]
-        if rows != self.ids.numel():
+        ids = self._fitting(self.ids, rows)
+        if rows != len(ids):
             raise ModelError(
                 f"cannot route: the linear got an input of shape {tuple(x.shape)} ({rows} rows) while the forward "
                 f"pass has modality ids of shape {tuple(self.ids.shape)} ({self.ids.numel()} tokens)"
             )
-        return self.ids.reshape(-1).to(x.device)
+        return ids.to(x.device)
 
 
 # mm_token_type_ids of transformers' processors

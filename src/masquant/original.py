@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .block import stacked_weight
 from .calibration.statistics import GroupStatistics
 from .modality import Modality
+from .models import ModelFamily
 from .plan import GroupPlan, group_rotation
 from .quantization import absmax_scale, dequantize_weight, fake_quantize_tokens, quantize_weight
 from .rotation import Rotation, Rotations
@@ -46,6 +47,7 @@ class OriginalGroup:
 
 def original_groups(
     block: nn.Module,
+    family: ModelFamily,
     groups: Sequence[GroupPlan],
     rotations: Rotations | None,
     config: Any,
@@ -56,6 +58,7 @@ def original_groups(
 
     Args:
         block: in floating point.
+        family: the model's.
         groups: of the block.
         rotations: None where nothing is rotated.
         config: the decoder's.
@@ -70,10 +73,10 @@ def original_groups(
         gain = head_size = None
         if group.group.fold_kind == "norm" and residual is not None:
             chain.append(residual)
-            gain = cast(Tensor, block.get_submodule(group.group.fold_into).weight).detach().clone()
+            gain = cast(Tensor, block.get_submodule(group.group.fold_into).weight).detach() + family.norm_offset
         if group.group.fold_kind == "heads":
             head_size = group.in_features // config.num_attention_heads
-            heads = rotations.of_heads(head_size)
+            heads = rotations.of_heads(head_size) if group.group.rotates_heads else None
             chain += [heads] if heads is not None else []
         online = group_rotation(group, rotations)
         chain += [online] if online is not None else []

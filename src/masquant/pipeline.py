@@ -25,7 +25,7 @@ from .block import stream_samples
 from .blocks import AbstractBlocks, ResidentBlocks
 from .calibration.block_inputs import BlockInputs, HiddenStates, capture_block_inputs
 from .calibration.dataset import Sample, load_samples
-from .calibration.encoding import SampleEncoder, by_length
+from .calibration.encoding import SampleEncoder, in_batches
 from .calibration.gradients import TokenGradients, token_gradients
 from .calibration.media import content_digest
 from .checkpoint.format import CheckpointFormat, HeadFormat, make_format
@@ -34,7 +34,7 @@ from .distributed import gather, own_range, rank, world_size
 from .errors import DataError, RecipeError
 from .integrations.transformers import adopt
 from .modality import Modality, ModalityState, attach_routing
-from .models import decoder_of, family_of, modality_tokens_of
+from .models import ModelFamily, decoder_of, family_of, modality_tokens_of
 from .plan import make_plan, tensor_bytes
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
@@ -146,7 +146,7 @@ def quantize(
     device, progress = torch.device(device or model.device), progress or NoProgress()
     report, state = quantize_blocks(ResidentBlocks(model), processor, calibration, recipe, device, progress, store)
     attach_routing(model, decoder_of(model), state)
-    attach_residual_rotation(decoder_of(model), report.recipe.rotations)
+    attach_residual_rotation(decoder_of(model), report.recipe.rotations, family_of(model.config).stream_inputs)
     adopt(model, report.format)
     return report
 
@@ -184,6 +184,7 @@ def quantize_blocks(
         raise RecipeError("a run of several processes cannot be resumed; resume it in one, or start anew")
     model = blocks.model.eval()
     plan = make_plan(model, recipe)
+    recipe, left_out = without_inexact(recipe, plan.family)
     state = ModalityState(modality_tokens_of(model.config))
     inputs = calibration.block_inputs(blocks, processor, progress)
     gradients = calibration.gradients(blocks, recipe, inputs, device, progress)
@@ -192,7 +193,7 @@ def quantize_blocks(
     kept = tensor_bytes(model) - head_bytes - plan.float_bytes
     blocks.leave_rest()
     counts = modality_counts(inputs, state.tokens.modalities)
-    notes = [*plan.notes, *missing_notes(counts)]
+    notes = [*plan.notes, *left_out, *missing_notes(counts)]
     for note in notes:
         progress.note(note)
     if recipe.rotation is not None and recipe.rotation.compare:
@@ -202,7 +203,7 @@ def quantize_blocks(
     learned = learned_rotation(blocks, recipe, device, progress)
     if learned is not None:
         blocks.add(LEARNED_ROTATION, learned)
-    rotate_stream(inputs, recipe, model.get_input_embeddings().embedding_dim, learned)
+    inputs = rotate_stream(inputs, recipe, blocks.hidden_size, learned)
     held_back = held_back_ids(calibration.samples, recipe.selection.held_back) if recipe.selection else set()
     if recipe.selection and not held_back:
         notes.append(
@@ -323,15 +324,16 @@ class Calibration:
         """What the decoder's blocks are called with: encoders and embeddings run on the samples."""
         inputs = self._inputs
         if inputs is None:
-            own = own_range(-(-len(self.samples) // self.batch_size))
+            parts = in_batches(self.samples, self.batch_size, mixed=blocks.family.mixes_media)
+            own = own_range(len(parts))
             total = len(own)
             if not min(gather(total)):
                 raise DataError(
                     f"{len(self.samples)} samples in batches of {self.batch_size} are too few for {world_size()} "
                     "processes; take a smaller --batch-size, more samples or fewer processes"
                 )
-            samples = by_length(self.samples)[own.start * self.batch_size : own.stop * self.batch_size]
-            batches = SampleEncoder(processor).batches(samples, self.batch_size)
+            encoder = SampleEncoder(processor)
+            batches = (encoder.encode(parts[i]) for i in own)
             tracked = progress.track(batches, "reading samples", total, "batch")
             inputs = capture_block_inputs(
                 blocks.model,
@@ -367,9 +369,8 @@ class Calibration:
             raise DataError("no calibration sample has an answer or a text: nothing to measure gradients of")
         key = recipe.gradient.samples, recipe.seed
         if key not in self._gradients:
-            groups = family_of(blocks.model.config).groups
             self._gradients[key] = token_gradients(
-                blocks, groups, inputs, samples=key[0], seed=key[1], device=device, progress=progress
+                blocks, inputs, samples=key[0], seed=key[1], device=device, progress=progress
             )
         return self._gradients[key]
 
@@ -384,8 +385,7 @@ def rotation_pays(run: Run) -> tuple[bool, str]:
     count = min(COMPARED_BLOCKS, len(run.plan.blocks))
     change: dict[str, float] = {}
     for candidate, sign in ((recipe, 1), (replace(recipe, rotation=None), -1)):
-        inputs = run.inputs.copy()
-        rotate_stream(inputs, candidate, run.blocks.model.get_input_embeddings().embedding_dim, None)
+        inputs = rotate_stream(run.inputs.copy(), candidate, run.blocks.hidden_size, None)
         trial = replace(run, recipe=candidate, inputs=inputs, notes=[], sites={})
         for index in range(count):
             for modality, error in trial.rehearse(index).items():
@@ -403,15 +403,14 @@ def learned_rotation(
     args = recipe.rotation.learned if recipe.rotation else None
     if args is None:
         return None
-    size = blocks.model.get_input_embeddings().embedding_dim
+    size = blocks.hidden_size
     assert recipe.rotations is not None
     rotation = recipe.rotations.of_residual(size)
     assert rotation is not None
     group_size = recipe.scheme.weights.group_size_for(size) or size
-    family = family_of(blocks.model.config)
     readers, writers = [], []
     for index in range(len(blocks)):
-        reads, writes = stream_samples(blocks.copy(index), family, rotation, group_size, args.rows)
+        reads, writes = stream_samples(blocks.copy(index), blocks.family, rotation, group_size, args.rows)
         readers += [rows.to(device) for rows in reads]
         writers += [columns.to(device) for columns in writes]
     found = learn_rotation(readers, writers, group_size, args)
@@ -421,12 +420,32 @@ def learned_rotation(
     return found.matrix
 
 
-def rotate_stream(inputs: BlockInputs, recipe: Recipe, size: int, learned: Tensor | None) -> None:
-    """Rotate the hidden states before the first block, where the recipe rotates the residual stream."""
+def rotate_stream(inputs: BlockInputs, recipe: Recipe, size: int, learned: Tensor | None) -> BlockInputs:
+    """The inputs with their hidden states rotated (in place), where the recipe rotates the residual stream."""
     rotation = recipe.rotations.of_residual(size, learned) if recipe.rotations else None
-    for i in range(len(inputs.hidden) if rotation else 0):
-        assert rotation is not None
+    if rotation is None:
+        return inputs
+    for i in range(len(inputs.hidden)):
         inputs.hidden[i] = rotation.apply(inputs.hidden[i])
+    return replace(inputs, rotation=rotation)
+
+
+def without_inexact(recipe: Recipe, family: ModelFamily) -> tuple[Recipe, list[str]]:
+    """The recipe without what the family cannot do exactly, and what to report of that.
+
+    Raises:
+        RecipeError: it learns a rotation of a residual stream that cannot be rotated.
+    """
+    rotation = recipe.rotation
+    if rotation is None or not family.unrotated or not (rotation.residual and rotation.online_transforms):
+        return recipe, []
+    if rotation.learned is not None:
+        raise RecipeError(
+            f"rotation.learned turns the residual stream, which {family.title} does not allow: {family.unrotated}; "
+            "remove it from the recipe"
+        )
+    note = f"the residual stream of {family.title} is not rotated: {family.unrotated}"
+    return replace(recipe, rotation=replace(rotation, residual=False)), [note]
 
 
 def modality_counts(inputs: BlockInputs, modalities: Sequence[Modality]) -> dict[Modality, int]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import ModelError, RecipeError
-from .models import LinearGroup, ModelFamily, decoder_blocks, family_of, linear_of
+from .models import LinearGroup, ModelFamily, decoder_blocks, family_of, groups_of, linear_of
 from .recipe import Recipe, WeightArgs
 from .rotation import Rotation, Rotations
 
@@ -54,6 +54,11 @@ class GroupPlan:
         return self.group.name
 
     @property
+    def role(self) -> str:
+        """What the group is: `qkv`, `o`, `gate_up` or `down`."""
+        return self.group.role
+
+    @property
     def in_features(self) -> int:
         """Features of the shared input."""
         return self.linears[0].in_features
@@ -79,7 +84,12 @@ def group_rotation(group: GroupPlan | None, rotations: Rotations | None) -> Rota
     """Rotation of a group's input when the model runs; none where a member stays in floating point."""
     if group is None or rotations is None or group.kept:
         return None
-    return rotations.of_group(group.name, group.in_features)
+    return rotations.of_group(group.role, group.in_features)
+
+
+def folds_text(group: GroupPlan, rotations: Rotations | None) -> bool:
+    """Whether text's vector can be folded into what feeds a group: not where the input is rotated on its way."""
+    return group.group.folds_text and group_rotation(group, rotations) is None
 
 
 def site_key(block: int, group: str) -> str:
@@ -92,10 +102,10 @@ def is_ignored(name: str, patterns: Iterable[str]) -> bool:
     return any(re.match(p[3:], name) if p.startswith("re:") else name == p for p in patterns)
 
 
-def linear_names(family: ModelFamily, blocks: int) -> Iterator[str]:
+def linear_names(family: ModelFamily, blocks: Iterable[nn.Module]) -> Iterator[str]:
     """Names below the decoder of all linears that could be quantized."""
-    for index in range(blocks):
-        for group in family.groups:
+    for index, block in enumerate(blocks):
+        for group in groups_of(block, family):
             for linear in group.linears:
                 yield f"layers.{index}.{linear}"
 
@@ -118,7 +128,7 @@ def plan_block(
     """
     ignore = tuple(ignore)
     plans = []
-    for group in family.groups:
+    for group in groups_of(block, family):
         linears, kept = [], []
         for name in group.linears:
             if is_ignored(f"layers.{index}.{name}", ignore):
@@ -181,12 +191,13 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
             f"({', '.join(m.value for m in recipe.modalities)}) forbid; add them to the recipe"
         )
     blocks = decoder_blocks(model)
-    names = list(linear_names(family, len(blocks)))
+    names = list(linear_names(family, blocks))
     for pattern in recipe.ignore:
         if not any(is_ignored(name, [pattern]) for name in names):
             raise RecipeError(f"ignore pattern {pattern!r} matches none of the linears, such as {names[0]!r}")
-    known = {linear for group in family.groups for linear in group.linears}
     for index, block in enumerate(blocks):
+        known = {name for group in groups_of(block, family) for name in (*group.linears, *group.readers)}
+        known.update(family.kept)
         stray = [n for n, m in block.named_modules() if isinstance(m, nn.Linear) and n not in known]
         if stray:
             raise ModelError(f"layers.{index}.{stray[0]} belongs to no linear group of {family.title}")

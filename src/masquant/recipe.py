@@ -271,6 +271,7 @@ class RotationArgs:
         heads: values within each head; folded into the weights, costs nothing.
         online_transforms: also what cannot be folded and runs with the model: the residual stream (once at the
             decoder's entrance and once at its end) and the input of `down`.
+        residual: of these, the residual stream.
         seed: of the rotations' signs.
         learned: learn the residual stream's; a matrix that is stored with the checkpoint.
         compare: round the first blocks with and without the rotations, and leave them out where that is better.
@@ -278,6 +279,7 @@ class RotationArgs:
 
     heads: bool = True
     online_transforms: bool = True
+    residual: bool = True
     seed: int = 0
     learned: LearnedRotationArgs | None = None
     compare: bool = False
@@ -286,8 +288,8 @@ class RotationArgs:
         _require(self.seed >= 0, f"rotation.seed must not be negative, got {self.seed}")
         _require(self.heads or self.online_transforms, "rotation without heads and online_transforms rotates nothing")
         _require(
-            self.learned is None or self.online_transforms,
-            "rotation.learned turns the residual stream, which needs online_transforms",
+            self.learned is None or (self.online_transforms and self.residual),
+            "rotation.learned turns the residual stream, which needs online_transforms and residual",
         )
 
 
@@ -435,7 +437,8 @@ class Recipe:
             return None
         online = self.rotation.online_transforms
         learned = self.rotation.learned is not None
-        return Rotations(self.rotation.seed, online, self.rotation.heads, ("down",) if online else (), learned)
+        residual = online and self.rotation.residual
+        return Rotations(self.rotation.seed, residual, self.rotation.heads, ("down",) if online else (), learned)
 
     def fast(self) -> Recipe:
         """What takes long left out: no candidates are compared, no gradients measured, nothing is refined."""

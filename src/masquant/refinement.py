@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from .compensation import ALL_TOKENS
 from .modality import Modality
-from .models import linear_of
+from .models import linear_of, token_rows
 from .plan import GroupPlan
 from .quantization import limits, round_scale
 from .recipe import LearnedArgs, RefinementArgs
-from .smoothing.learned import fake_quantize_through, modality_loss, swapped
+from .smoothing.learned import fake_quantize_through, modality_loss, seen_ids, swapped
 from .solver import GroupSolution, patch_output
 
 _LOSS = LearnedArgs(loss="mse", normalizer="modality_mean")
@@ -142,7 +142,8 @@ def refine_block(
             rows = slice(start, start + plan.out_features)
             start += plan.out_features
             bias = linear.bias.detach() if plan.has_bias else None
-            trials[plan.name] = _TrialLinear(trial, rows, bias, activation_bits, modalities, lambda: current[0])
+            ids = seen_ids(lambda: current[0], token_rows(block, plan.name))
+            trials[plan.name] = _TrialLinear(trial, rows, bias, activation_bits, modalities, ids)
     fitting = [i for i, (_, fit, _) in enumerate(batches) if bool(fit.any())]
     deciding = [i for i, (_, _, decide) in enumerate(batches) if bool(decide.any())]
 

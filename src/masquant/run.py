@@ -6,7 +6,7 @@ from __future__ import annotations
 import platform
 import resource
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,16 +26,16 @@ from .checkpoint.store import BlockStore
 from .distributed import sum_over_processes
 from .errors import ModelError
 from .modality import Modality, ModalityState
-from .models import decoder_of, linear_of
+from .models import core_of, decoder_of, experts_in, linear_of, token_rows
 from .original import OriginalGroup, original_groups, plain_errors
-from .plan import GroupPlan, Plan, group_rotation, site_key
+from .plan import GroupPlan, Plan, folds_text, group_rotation, site_key
 from .progress import AbstractProgress
 from .recipe import Recipe
 from .refinement import refine_block
 from .runtime import MasquantLinear
 from .runtime.build import replace_group
 from .runtime.linear import Compensation
-from .smoothing.learned import TrialLinear, learn_vectors
+from .smoothing.learned import TrialLinear, learn_vectors, seen_ids
 from .smoothing.scales import smooth_scale
 from .solver import GroupSolution, added_bytes
 from .spending import UNLIMITED, Spending, loss_per_error
@@ -102,7 +102,7 @@ class Run:
     @property
     def dtype(self) -> torch.dtype:
         """Of the model."""
-        return self.blocks.model.dtype
+        return core_of(self.blocks.model).dtype
 
     def block(self, index: int, store: BlockStore | None) -> dict[str, Any]:
         """Quantize (or take from `store`) one block, and advance the hidden states through it."""
@@ -136,11 +136,16 @@ class Run:
     def prepare(self, index: int, *, copy: bool = False) -> nn.Module:
         """The block (or a copy) on the run's device, in float32 and rotated if the recipe says so."""
         block = (self.blocks.copy(index) if copy else self.blocks.take(index)).to(self.device).float()
+        experts = experts_in(block)
+        if experts is not None:
+            experts.state = self.state
         if self.recipe.rotations is not None:
             config = decoder_of(self.blocks.model).config
             rotations, learned, groups = self.recipe.rotations, self.learned_rotation, self.plan.blocks[index]
             if not copy:
-                self.originals = original_groups(block, groups, rotations, config, learned, self.dtype)
+                self.originals = original_groups(
+                    block, self.plan.family, groups, rotations, config, learned, self.dtype
+                )
             rotate_block(block, self.plan.family, groups, rotations, config, learned)
         return block
 
@@ -168,6 +173,7 @@ class Run:
         with self.timed("solve"):
             solutions, folds = solve_block(
                 block,
+                self.plan.family,
                 groups,
                 take_statistics,
                 self.state,
@@ -181,7 +187,7 @@ class Run:
         with self.timed("refine"):
             final, refining = self.refine(block, index, groups, solutions, folds, targets)
         with self.timed("apply"):
-            sites = apply_solutions(block, groups, final, folds, self.state, self.recipe, self.dtype)
+            sites = apply_solutions(block, self.plan.family, groups, final, folds, self.state, self.recipe, self.dtype)
         if self.spending is not None:
             self.spending.left -= sum(added_bytes(s) for s in solutions.values())
         self.sites.update({site_key(index, name): site for name, site in sites.items() if site != Site()})
@@ -192,6 +198,7 @@ class Run:
                 for g in groups
             ],
             "error": self.advance(block, index, targets),
+            **routing_record(block, self.state.tokens.modalities),
             **learning,
             **refining,
         }
@@ -229,7 +236,7 @@ class Run:
 
         def forward(i: int) -> None:
             output = inputs.run(block, index, i, inputs.hidden[i], self.device)
-            if targets is not None:
+            if targets is not None and len(targets) == i:  # experts' tokens are counted in a pass before
                 targets.append(output)
 
         batches = [
@@ -355,7 +362,8 @@ class Run:
         args = self.recipe.smoothing.learned
         if args is None:
             return {}, {}
-        smoothed = [g for g in groups if g.name in self.recipe.smoothing.groups]
+        roles, rotations = self.recipe.smoothing.groups, self.recipe.rotations
+        smoothed = [g for g in groups if g.role in roles and folds_text(g, rotations)]
         initial = {}
         for group in smoothed:
             merged = statistics[group.name].merged()
@@ -367,7 +375,12 @@ class Run:
 
         def trials(theta: Mapping[str, Tensor], ids: Any) -> dict[str, nn.Module]:
             return {
-                p.name: TrialLinear(linear_of(block, p.name), theta.get(g.name), (bits[0], p.group_size, bits[1]), ids)
+                p.name: TrialLinear(
+                    linear_of(block, p.name),
+                    theta.get(g.name),
+                    (bits[0], p.group_size, bits[1]),
+                    seen_ids(ids, token_rows(block, p.name)),
+                )
                 for g in groups
                 for p in g.linears
             }
@@ -495,6 +508,23 @@ class Run:
             added = (g["bytes"]["smooth_scale"] + g["bytes"]["compensation"] for g in record["groups"])
             self.spending.left -= sum(added)
         return record
+
+
+def routing_record(block: nn.Module, modalities: Sequence[Modality]) -> dict[str, Any]:
+    """How many calibration tokens of each modality the block's experts got, and which of them had so few that they
+    were fitted to the tokens of all experts; nothing for a block without experts."""
+    experts = experts_in(block)
+    if experts is None or experts.counts is None or experts.few is None:
+        return {}
+    counts, shared = experts.counts, experts.few & (experts.counts.sum(0) > 0)
+    return {
+        "experts": {
+            "tokens": {m.value: counts[:, row].tolist() for row, m in enumerate(modalities)},
+            "fitted_to_all_tokens": {
+                m.value: shared[:, row].nonzero().flatten().tolist() for row, m in enumerate(modalities)
+            },
+        }
+    }
 
 
 def _site_dicts(sites: Mapping[str, Site], index: int) -> dict[str, Any]:

@@ -20,7 +20,16 @@ from masquant.calibration.encoding import EncodedBatch, SampleEncoder, estimated
 from masquant.errors import DataError
 
 # What the family's template writes after an answer, without trailing white space
-ENDING = dict.fromkeys(FAMILIES, "<|im_end|>") | {"llava": ""}
+ENDING = dict.fromkeys(FAMILIES, "<|im_end|>") | {"llava": "", "gemma3": "<end_of_turn>", "mistral3": "</s>"}
+ENDING |= {"smolvlm": "<end_of_utterance>", "phi4_multimodal": "<|end|>", "gemma4": "<turn|>", "gemma4_moe": "<turn|>"}
+
+PER_TOKEN = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
+# Padded to the longest of the batch, or (the last) the patches of all pictures side by side
+_FEATURES = frozenset({"input_features", "input_features_mask", "feature_attention_mask"})
+PADDED = dict.fromkeys(("gemma4", "gemma4_moe", "qwen3_omni_moe", "qwen3_omni_moe_full"), _FEATURES)
+PADDED |= {"phi4_multimodal": frozenset({"audio_input_features", "audio_attention_mask"})}
+PADDED |= {"minicpmv": frozenset({"pixel_values"})}
+PER_SAMPLE = {"smolvlm": {"pixel_values", "pixel_attention_mask"}}  # padded to the sample with most pictures
 
 
 @cache
@@ -181,12 +190,13 @@ def test_every_output_of_the_processor_is_kept(family: str, with_answer: bool) -
     direct = processor.apply_chat_template(
         messages, add_generation_prompt=not with_answer, tokenize=True, return_dict=True, processor_kwargs=options
     )
+    direct = {name: torch.as_tensor(np.asarray(value)) for name, value in direct.items()}  # some give lists
     found = SampleEncoder(processor).encode([sample], with_answer=with_answer).inputs
     assert set(found) == set(direct)
     length = found["input_ids"].shape[1]  # without the white space after the end of the turn
     for name, value in found.items():
         expected = direct[name]
-        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in PER_TOKEN:
             expected = expected[:, :length]
             assert direct["input_ids"].shape[1] - length <= (1 if with_answer else 0)
         assert torch.equal(value, expected), name
@@ -202,12 +212,13 @@ def test_a_batch_holds_what_its_samples_hold_alone(family: str) -> None:
         assert tokens(batch, row) == tokens(one)
         length = len(tokens(one))
         assert torch.equal(batch.answer_mask[row, -length:], one.answer_mask[0])
-        if "mm_token_type_ids" in one.inputs:
-            assert torch.equal(batch.inputs["mm_token_type_ids"][row, -length:], one.inputs["mm_token_type_ids"][0])
-    per_token = {"input_ids", "attention_mask", "mm_token_type_ids"}
-    for name in set(batch.inputs) - per_token:
+        for name in PER_TOKEN & set(one.inputs):
+            assert torch.equal(batch.inputs[name][row, -length:], one.inputs[name][0])
+        for name in PER_SAMPLE.get(family, set()) & set(one.inputs):
+            assert torch.equal(batch.inputs[name][row, : one.inputs[name].shape[1]], one.inputs[name][0])
+    for name in set(batch.inputs) - PER_TOKEN - PADDED.get(family, frozenset()) - PER_SAMPLE.get(family, set()):
         parts = [one.inputs[name] for one in alone if name in one.inputs]
-        if name != "batch_num_images":
+        if parts and name != "batch_num_images":
             assert torch.equal(batch.inputs[name], torch.cat(parts)), name
 
 
@@ -219,13 +230,15 @@ def test_token_types_are_asked_for_where_positions_need_them(name: str) -> None:
     assert torch.equal(inputs["mm_token_type_ids"] == 1, inputs["input_ids"] == processor.image_token_id)
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")  # numpy about a processor
 @pytest.mark.parametrize("name", [f for f in FAMILIES if "video" in tiny_media(f)])
 def test_videos(name: str, tmp_path: Path) -> None:
     encoder = encoder_of(name)
     frames = [picture(i, (28, 28)) for i in range(4)]
     frames[0].save(tmp_path / "v.webp", save_all=True, append_images=frames[1:], lossless=True)
     listed, animated = (encoder.encode([conversation(video=v)]) for v in (frames, tmp_path / "v.webp"))
-    assert (listed.inputs["input_ids"] == encoder.processor.video_token_id).any()
+    shown = getattr(encoder.processor, "video_token_id", encoder.processor.image_token_id)
+    assert (listed.inputs["input_ids"] == shown).any()
     assert all(torch.equal(listed.inputs[k], animated.inputs[k]) for k in listed.inputs)
     assert measured(encoder, listed) == f"red{ENDING[name]}"
 
@@ -240,9 +253,11 @@ def test_a_beginning_of_sequence_token_comes_once() -> None:
 
 def test_padding_side_is_restored(family: str) -> None:
     encoder = SampleEncoder(tiny_processor(family))
+    unused = encoder.tokenizer.backend_tokenizer.to_str()
     encoder.tokenizer.padding_side = "right"
     batch = encoder.encode([conversation(), conversation(id="2", prompt="What is it then?")], with_answer=False)
     assert batch.inputs["attention_mask"][:, -1].all() and not batch.inputs["attention_mask"][:, 0].all()
+    assert encoder.tokenizer.backend_tokenizer.to_str() == unused
     with pytest.raises(DataError):
         encoder.encode([conversation(image=Path("gone.png"), audio=Path("gone.wav"))])
     assert encoder.tokenizer.padding_side == "right"
@@ -337,7 +352,7 @@ def test_processors_that_cannot_be_used() -> None:
     processor.chat_template = "{{ raise_exception('only cats') }}"
     with pytest.raises(DataError, match="sample 1: the model's chat template refuses it: only cats"):
         SampleEncoder(processor).encode([conversation()])
-    processor.chat_template = None
+    processor.chat_template = processor.tokenizer.chat_template = None
     with pytest.raises(DataError, match=r"has no chat template.* put the model's chat_template.jinja"):
         SampleEncoder(processor).encode([conversation()])
     assert SampleEncoder(processor).encode([Sample("1", "text", text="needs none")]).answer_mask.any()

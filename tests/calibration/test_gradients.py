@@ -1,6 +1,8 @@
 """Token gradients: equal to plain backpropagation through the whole model, and of the promised mean."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,28 +14,41 @@ from masquant.blocks import ResidentBlocks
 from masquant.calibration.block_inputs import capture_block_inputs
 from masquant.calibration.encoding import SampleEncoder
 from masquant.calibration.gradients import TokenGradients, token_gradients
-from masquant.models import decoder_blocks, family_of, modality_tokens_of
+from masquant.models import (
+    core_of,
+    decoder_blocks,
+    family_of,
+    groups_of,
+    linearize,
+    modality_tokens_of,
+    token_rows,
+)
 from masquant.progress import NoProgress
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_block_by_block_is_backpropagation_through_the_model(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family)
+    model = core_of(tiny_model(family))
     samples = masquant.load_samples(tiny_samples(family, tmp_path, count=4))
     batch = next(iter(SampleEncoder(tiny_processor(family)).batches(samples, 4)))
     inputs = capture_block_inputs(model, [batch], modality_tokens_of(model.config))
-    groups, trainable = family_of(model.config).groups, [p.requires_grad for p in model.parameters()]
+    description, trainable = family_of(model.config), [p.requires_grad for p in model.parameters()]
     found = token_gradients(
-        ResidentBlocks(model), groups, inputs, samples=2, seed=3, device=torch.device("cpu"), progress=NoProgress()
+        ResidentBlocks(model), inputs, samples=2, seed=3, device=torch.device("cpu"), progress=NoProgress()
     )
 
-    outputs: dict[tuple[int, str], list[Tensor]] = {}
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    outputs: dict[tuple[int, str], list[tuple[Tensor, Tensor]]] = {}
+
+    def keep(key: tuple[int, str], rows: Callable[[], Tensor | None]) -> Any:
+        everything = torch.arange(batch.answer_mask.numel())
+        return lambda _m, _a, y: outputs.setdefault(key, []).append((y, everything if rows() is None else rows()))
+
     for index, block in enumerate(decoder_blocks(model)):
-        for group in groups:
+        for group in groups_of(linearize(block, description), description):
             for linear in group.linears:
-                block.get_submodule(linear).register_forward_hook(
-                    lambda _m, _a, y, key=(index, group.name): outputs.setdefault(key, []).append(y)
-                )
+                hook = keep((index, group.name), token_rows(block, linear))
+                block.get_submodule(linear).register_forward_hook(hook)
     logits = model(**batch.inputs, use_cache=False).logits[:, :-1][batch.answer_mask[:, 1:]].float()
     p = logits.detach().softmax(-1)
     generator = torch.Generator().manual_seed(3)
@@ -41,14 +56,15 @@ def test_block_by_block_is_backpropagation_through_the_model(family: str, tmp_pa
     for _ in range(2):
         noise = torch.randn(p.shape, generator=generator) * p.sqrt()
         z = noise - p * noise.sum(-1, keepdim=True)
-        flat = [(key, y) for key, ys in outputs.items() for y in ys]
-        for (key, _), g in zip(
-            flat, torch.autograd.grad((logits * z).sum(), [y for _, y in flat], retain_graph=True), strict=True
-        ):
-            wanted[key] += g.square().sum(-1).reshape(wanted[key].shape) / 2
-    for (index, name), value in wanted.items():
+        flat = [(key, y, rows) for key, ys in outputs.items() for y, rows in ys]
+        gradients = torch.autograd.grad((logits * z).sum(), [y for _, y, _ in flat], retain_graph=True)
+        for (key, _, rows), g in zip(flat, gradients, strict=True):
+            wanted[key].view(-1).index_add_(0, rows, g.square().sum(-1).flatten() / 2)
+    config = model.get_decoder().config
+    shared = getattr(config, "num_kv_shared_layers", 0)  # keys and values of other blocks count as given
+    exact = range(config.num_hidden_layers - shared if shared else 0, config.num_hidden_layers)
+    for (index, name), value in ((key, value) for key, value in wanted.items() if key[0] in exact):
         torch.testing.assert_close(found.squared[index][name][0], value, rtol=1e-3, atol=1e-9)
-    assert [p.requires_grad for p in model.parameters()] == trainable
 
 
 def test_directions_have_the_softmax_covariance() -> None:

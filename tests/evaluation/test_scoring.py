@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 import masquant
 from masquant.calibration.dataset import Sample
-from masquant.calibration.encoding import EncodedBatch, SampleEncoder
+from masquant.calibration.encoding import EncodedBatch, SampleEncoder, group_batches
 from masquant.errors import DataError, ModelError
 from masquant.evaluation import scoring
 from masquant.evaluation.scoring import (
@@ -23,10 +23,10 @@ from masquant.evaluation.scoring import (
     answer_logits,
     decode_answers,
     evaluating,
-    group_batches,
     sample_scores,
     token_scores,
 )
+from masquant.models import core_of
 
 FAMILY = "qwen2_5_omni"
 
@@ -48,17 +48,17 @@ def wanted_logits(model: Any, batch: EncodedBatch) -> Tensor:
 def test_only_the_answers_are_projected(family: str, tmp_path: Path) -> None:
     model, encoder, samples = loaded(family, tmp_path)
     shapes: list[tuple[int, ...]] = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda *a: shapes.append(tuple(a[2].shape)))
+    hook = core_of(model).get_output_embeddings().register_forward_hook(lambda *a: shapes.append(tuple(a[2].shape)))
     _, batches = group_batches(encoder, samples, 3)
     for batch in batches:
         found = answer_logits(model, batch)
         count = int(batch.answer_mask.sum())
         assert shapes[-1][:2] == (1, count)
-        torch.testing.assert_close(found.logits, wanted_logits(model, batch), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.logits, wanted_logits(core_of(model), batch), rtol=1e-4, atol=1e-4)
         assert found.targets.tolist() == batch.inputs["input_ids"][batch.answer_mask].tolist()
         assert found.samples.tolist() == batch.answer_mask.nonzero()[:, 0].tolist()
     hook.remove()
-    assert not model.get_output_embeddings()._forward_pre_hooks
+    assert not core_of(model).get_output_embeddings()._forward_pre_hooks
 
 
 def test_a_model_that_hides_its_head_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

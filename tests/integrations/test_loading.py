@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_model, tiny_processor, tiny_samples
+from tiny_models import FAMILIES, tiny_files, tiny_model, tiny_processor, tiny_samples
 
 import masquant
 from masquant.api import estimate_folder, load_processor, quantize_folder, save
@@ -21,12 +21,15 @@ CPU = torch.device("cpu")
 
 
 def folder_of(family: str, folder: Path) -> Path:
-    tiny_model(family).to(torch.bfloat16).save_pretrained(folder)
+    tiny_model(family).to(torch.bfloat16).save_pretrained(tiny_files(family, folder))
     tiny_processor(family).save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize(("family", "method"), [*((f, "quarot") for f in FAMILIES), ("qwen2_5_omni", "masquant")])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*((f, "quarot") for f in FAMILIES), ("qwen2_5_omni", "masquant"), ("qwen3_vl_moe", "masquant")],
+)
 def test_streamed_gives_the_bytes_of_whole(family: str, method: str, tmp_path: Path) -> None:
     """Names, tensors, config and side files, with hidden states on disk and one group's statistics at a time."""
     path = folder_of(family, tmp_path / "model")

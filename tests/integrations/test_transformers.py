@@ -6,13 +6,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, tiny_model, tiny_processor, tiny_samples
+from tiny_models import FAMILIES, tiny_files, tiny_model, tiny_processor, tiny_samples
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,9 +24,11 @@ from masquant.errors import CheckpointError, ModelError
 from masquant.integrations.loading import load_any
 from masquant.integrations.transformers import quantized_linears, state_of
 from masquant.modality import modality_ids
-from masquant.models import decoder_blocks
+from masquant.models import core_of, decoder_blocks, family_of, groups_of, linearize
+from masquant.plan import make_plan
 from masquant.recipe import CompensationArgs, Recipe
-from masquant.runtime import native
+from masquant.runtime import MasquantLinear, native
+from masquant.runtime.packed import PackedGroup
 
 OWN_VECTORS = {"selection": None, "compensation": CompensationArgs(rank=4)}
 
@@ -53,7 +56,7 @@ def quantized(family: str, folder: Path, recipe: Recipe) -> Case:
     samples = tiny_samples(family, folder, count=8)
     media = [sample for sample in samples if "text" not in sample]
     report = masquant.quantize(model, processor, samples, recipe=recipe, batch_size=3)
-    save(model, processor, folder / "out", report)
+    save(model, processor, folder / "out", report, source=tiny_files(family, folder / "float"))
     return Case(
         model,
         tiny_model(family),
@@ -78,14 +81,40 @@ def omni(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return quantized("qwen2_5_omni", tmp_path_factory.mktemp("omni"), recipe)
 
 
+@pytest.mark.skipif(native.library() is None, reason="masquant was installed without kernels")
+def test_every_group_runs_in_the_kernels_and_only_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left to PyTorch, of experts either, and no linear repeats what the first of its group computed."""
+    calls: Counter[int] = Counter()
+    forward = PackedGroup.forward
+
+    def counted(group: PackedGroup, x: Tensor, rows: Tensor | None) -> list[Tensor]:
+        calls[group.handle] += 1
+        return forward(group, x, rows)
+
+    monkeypatch.setattr(PackedGroup, "forward", counted)
+    monkeypatch.setattr(MasquantLinear, "_prepare", lambda *_: pytest.fail("a linear was computed in PyTorch"))
+    with torch.no_grad():
+        core_of(case.model)(**case.inputs, use_cache=False)
+    linears = quantized_linears(case.model)
+    groups = {name: linear.packed(torch.device("cpu")) for name, linear in linears.items()}
+    assert all(groups.values()) and set(calls.values()) == {1}
+    assert {g.handle for name, g in groups.items() if g is not None and ".experts." not in name} <= set(calls)
+    planned = [
+        group for block in make_plan(case.float_model, Recipe.preset("rtn", group_size=32)).blocks for group in block
+    ]
+    assert len(planned) == len({g.handle for g in groups.values() if g is not None})
+
+
 @torch.no_grad()
 def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    return model(**inputs).logits
+    return core_of(model)(**inputs).logits
 
 
 def test_round_trip_is_bit_exact(case: Case) -> None:
     loaded = masquant.load(case.folder)
-    assert len(quantized_linears(loaded)) == 7 * len(decoder_blocks(loaded))
+    family, blocks = family_of(loaded.config), decoder_blocks(loaded)
+    linears = sum(len(group.linears) for block in blocks for group in groups_of(block, family))
+    assert len(quantized_linears(loaded)) == linears
     assert loaded.dtype == torch.float32
     ours, theirs = case.model.state_dict(), loaded.state_dict()
     assert set(ours) == set(theirs)
@@ -114,12 +143,13 @@ def test_quantized_output_stays_near_the_float_one(case: Case) -> None:
 
 
 def test_generate_dynamic_static_batched_and_beams(case: Case) -> None:
-    loaded = masquant.load(case.folder)
+    loaded = core_of(masquant.load(case.folder))
     options = {"max_new_tokens": 4, "do_sample": False}
     dynamic = loaded.generate(**case.prompts, **options)
     static = loaded.generate(**case.prompts, **options, cache_implementation="static")
     assert torch.equal(dynamic, static)
-    if "input_features" not in case.prompts:  # transformers refuses to split audio that it has not encoded yet
+    raw = {"input_features", "audio_input_features", "image_pixel_values"}
+    if not raw & set(case.prompts):  # transformers refuses to split media that it has not encoded yet
         assert torch.equal(loaded.generate(**case.prompts, **options, prefill_chunk_size=40), dynamic)
     beams = loaded.generate(**case.prompts, **options, num_beams=2)
     assert beams.shape[0] == dynamic.shape[0]
@@ -145,7 +175,7 @@ def test_full_rank_at_16_bits_equals_float(request: pytest.FixtureRequest, case:
 def on_grid(model: PreTrainedModel) -> PreTrainedModel:
     """Every decoder linear rounded to -7..7 times a power of two per row, each row reaching 7."""
     for block in decoder_blocks(model):
-        for module in block.modules():
+        for module in linearize(block, family_of(model.config)).modules():
             if isinstance(module, torch.nn.Linear):
                 scale = 2.0 ** (module.weight.abs().amax(1, keepdim=True) / 7).log2().ceil()
                 q = (module.weight / scale).round().clamp(-7, 7)

@@ -7,13 +7,21 @@ from transformers import PretrainedConfig
 
 from masquant.errors import ModelError
 from masquant.modality import Modality
-from masquant.models import FAMILIES, decoder_blocks, decoder_of, family_of, linear_of, modality_tokens_of
+from masquant.models import (
+    FAMILIES,
+    decoder_blocks,
+    decoder_of,
+    family_of,
+    groups_of,
+    linear_of,
+    linearize,
+    modality_tokens_of,
+)
 
 
 def test_every_family_has_a_tiny_model_and_types_do_not_overlap() -> None:
     types = [t for family in FAMILIES for t in family.model_types]
     assert len(types) == len(set(types))
-    assert len(FAMILIES) == len(TINY)
     assert {family_of(tiny_model(name).config).title for name in TINY} == {family.title for family in FAMILIES}
 
 
@@ -25,10 +33,15 @@ def test_description_fits_the_model(name: str) -> None:
     assert tokens.modalities[0] is Modality.TEXT and set(tokens.modalities[1:]) == set(family.modality_tokens)
     blocks = decoder_blocks(model)
     assert len(blocks) == decoder_of(model).config.num_hidden_layers
-    for group in family.groups:
-        features = {linear_of(blocks[0], linear).in_features for linear in group.linears}
-        assert len(features) == 1
-        blocks[0].get_submodule(group.fold_into)
+    for block in blocks:
+        groups = groups_of(linearize(block, family), family)
+        assert {group.role for group in groups} == {"qkv", "o", "gate_up", "down"}
+        assert len({group.name for group in groups}) == len(groups)
+        for group in groups:
+            features = {linear_of(block, linear).in_features for linear in group.linears}
+            assert len(features) == 1
+            block.get_submodule(group.fold_into)
+            assert all(block.get_submodule(name).weight.shape[-1] in features for name in group.readers)
     modules = dict(model.named_modules())
     for encoder in family.encoders:
         assert any(path.endswith(encoder) for path in modules), encoder

@@ -3,7 +3,8 @@
 
 The model runs on every batch with its decoder blocks replaced by recorders that pass the hidden states on: encoders,
 embeddings, masks and position embeddings are the model's own, and each block's keyword arguments (which may differ
-between blocks, as masks of sliding windows do) are kept as they came. No tracing.
+between blocks, as masks of sliding windows do) are kept as they came. No tracing. The recorders pass on zeros, so that
+what the decoder itself adds to the stream between two blocks is what the second one gets.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from transformers import PreTrainedModel
 
 from ..errors import DataError, ModelError
 from ..modality import ModalityTokens, modality_ids
-from ..models import decoder_blocks
+from ..models import core_of, decoder_blocks
+from ..rotation import Rotation
 from .encoding import EncodedBatch
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -43,11 +45,27 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 @dataclass(frozen=True)
+class Addition:
+    """What the decoder adds to the residual stream before a block: `values` float32 [n, features] at the tokens `rows`
+    bool [batch, tokens], zero elsewhere."""
+
+    rows: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, dense: Tensor) -> Addition | None:
+        """Of a tensor [batch, tokens, features]; None of zeros."""
+        rows = (dense != 0).any(-1)
+        return cls(rows, dense[rows].float()) if bool(rows.any()) else None
+
+
+@dataclass(frozen=True)
 class BlockBatch:
     """One calibration batch, as the decoder blocks see it.
 
     Attributes:
         calls: per block, positional arguments after the hidden states, and keyword arguments; tensors on CPU.
+        added: per block, what is added to the stream before it; on CPU.
         ids: uint8 [batch, tokens], modality ids.
         mask: bool [batch, tokens], False for padding.
         samples: the samples' ids.
@@ -55,6 +73,7 @@ class BlockBatch:
     """
 
     calls: tuple[Call, ...]
+    added: tuple[Addition | None, ...]
     ids: Tensor
     mask: Tensor
     samples: tuple[str, ...]
@@ -126,14 +145,16 @@ class BlockInputs:
 
     Attributes:
         batches: of this process.
-        hidden: states between two blocks.
-        returns_tuple: whether blocks do.
+        hidden: per batch, what the last block gave (before the first one, what it gets).
+        returns_tuple: whether blocks return tuples.
+        rotation: of the residual stream.
         first: number of the first batch among those of all processes.
     """
 
     batches: tuple[BlockBatch, ...]
     hidden: HiddenStates
     returns_tuple: bool
+    rotation: Rotation | None = None
     first: int = 0
 
     def copy(self) -> BlockInputs:
@@ -146,19 +167,36 @@ class BlockInputs:
         return sum(batch.ids.numel() for batch in self.batches)
 
     def run(self, block: nn.Module, index: int, i: int, hidden: Tensor, device: torch.device) -> Tensor:
-        """Output hidden states [batch, tokens, features] of block number `index` on batch `i`, in hidden's dtype."""
+        """Output hidden states [batch, tokens, features] of block number `index` on batch `i`, in hidden's dtype.
+
+        Args:
+            block: the block.
+            index: its number.
+            i: the batch's.
+            hidden: what the block before gave.
+            device: where to run.
+        """
 
         def place(tensor: Tensor) -> Tensor:
             return tensor.to(device, hidden.dtype) if tensor.is_floating_point() else tensor.to(device)
 
         args, kwargs = map_tensors(self.batches[i].calls[index], place)
-        output = block(hidden.to(device), *args, **kwargs)
+        hidden, added = hidden.to(device), self.batches[i].added[index]
+        if added is not None:
+            values = added.values if self.rotation is None else self.rotation.apply(added.values)
+            hidden = hidden.clone()
+            hidden[added.rows.to(device)] += place(values)
+        output = block(hidden, *args, **kwargs)
         return output[0] if self.returns_tuple else output
 
 
 @contextmanager
 def _recording(
-    blocks: list[nn.Module], first: nn.Module, calls: list[Call], outputs: dict[str, Any]
+    blocks: list[nn.Module],
+    first: nn.Module,
+    calls: list[Call],
+    added: list[Addition | None],
+    outputs: dict[str, Any],
 ) -> Iterator[None]:
     """Replace the blocks' forward by recorders. `first` really runs once, to see what a block returns."""
 
@@ -170,8 +208,10 @@ def _recording(
                 outputs["returns_tuple"] = isinstance(run(hidden_states, *args, **kwargs), tuple)
             if index == 0:
                 outputs["hidden"] = hidden_states.detach().cpu().float()
+            added.append(Addition.of(hidden_states.detach().cpu()) if index else None)
             calls.append(map_tensors((args, kwargs), lambda t: t.detach().cpu()))
-            return (hidden_states,) if outputs["returns_tuple"] else hidden_states
+            nothing = torch.zeros_like(hidden_states)
+            return (nothing,) if outputs["returns_tuple"] else nothing
 
         return forward
 
@@ -220,7 +260,7 @@ def capture_block_inputs(
         DataError: no batch, or inputs without input_ids.
         ModelError: the decoder did not call its blocks once each.
     """
-    blocks = decoder_blocks(model)
+    model, blocks = core_of(model), decoder_blocks(model)
     outputs: dict[str, Any] = {}
     captured: list[BlockBatch] = []
     hidden = HiddenStates() if hidden is None else hidden
@@ -229,14 +269,16 @@ def capture_block_inputs(
         if "input_ids" not in inputs:
             raise DataError(f"a calibration batch has no input_ids, only {', '.join(inputs)}")
         calls: list[Call] = []
-        with _recording(blocks, first or blocks[0], calls, outputs):
+        added: list[Addition | None] = []
+        with _recording(blocks, first or blocks[0], calls, added, outputs):
             model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False)
         if len(calls) != len(blocks):
             raise ModelError(f"the decoder made {len(calls)} block calls for its {len(blocks)} blocks")
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
         names = tuple(sample.id for sample in batch.samples)
-        captured.append(BlockBatch(_share(calls), modality_ids(ids, tokens), mask, names, batch.answer_mask))
+        routes = modality_ids(ids, tokens)
+        captured.append(BlockBatch(_share(calls), tuple(added), routes, mask, names, batch.answer_mask))
         hidden.append(outputs["hidden"])
     if not captured:
         raise DataError("no samples: calibration needs at least one")

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import jinja2
@@ -25,7 +26,24 @@ _MARKER = "\ue000"  # stands for the answer while its place is looked for; a pri
 
 def by_length(samples: Sequence[Sample]) -> list[Sample]:
     """Samples in the order in which they form batches: by kind, then by length."""
-    return sorted(samples, key=lambda s: (s.text is not None, s.media, estimated_tokens(s), s.id))
+    return sorted(samples, key=lambda s: (*_kind(s), estimated_tokens(s), s.id))
+
+
+def _kind(sample: Sample) -> tuple[bool, tuple[str, ...]]:
+    return sample.text is not None, sample.media
+
+
+def in_batches(samples: Sequence[Sample], batch_size: int, *, mixed: bool = True) -> list[list[Sample]]:
+    """Samples in batches of like kind and length; without `mixed`, none has samples of two kinds.
+
+    Raises:
+        DataError: the batch size is not positive.
+    """
+    if batch_size < 1:
+        raise DataError(f"the batch size must be at least 1, got {batch_size}")
+    ordered = by_length(samples)
+    groups = [ordered] if mixed else [list(group) for _, group in groupby(ordered, _kind)]
+    return [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,7 @@ class SampleEncoder:
             )
         parameters = inspect.signature(type(processor).__call__).parameters
         self.audio_keyword = "audio" if "audio" in parameters or "audios" not in parameters else "audios"
-        extractor = getattr(processor, "feature_extractor", None)
+        extractor = getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
         self.sampling_rate: int | None = getattr(extractor, "sampling_rate", None)
         self.max_seconds: float | None = getattr(extractor, "chunk_length", None)
         self.accepts = {
@@ -87,6 +105,11 @@ class SampleEncoder:
         first = self.tokenizer("a")["input_ids"][0]
         self.adds_bos = self.tokenizer.bos_token is not None and first == self.tokenizer.bos_token_id
 
+    @property
+    def chat_template(self) -> str | None:
+        """The processor's, or its tokenizer's, which is where some processors leave it when they are loaded."""
+        return getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+
     def batches(
         self, samples: Sequence[Sample], batch_size: int, *, with_answer: bool = True
     ) -> Iterator[EncodedBatch]:
@@ -97,11 +120,8 @@ class SampleEncoder:
         Raises:
             DataError: as `encode`, or `batch_size` is below 1.
         """
-        if batch_size < 1:
-            raise DataError(f"the batch size must be at least 1, got {batch_size}")
-        ordered = by_length(samples)
-        for start in range(0, len(ordered), batch_size):
-            yield self.encode(ordered[start : start + batch_size], with_answer=with_answer)
+        for batch in in_batches(samples, batch_size):
+            yield self.encode(batch, with_answer=with_answer)
 
     def encode(self, samples: Sequence[Sample], *, with_answer: bool = True) -> EncodedBatch:
         """One batch.
@@ -195,13 +215,18 @@ class SampleEncoder:
         Raises:
             DataError: there is no template, or it refuses the conversation.
         """
-        if getattr(self.processor, "chat_template", None) is None:
+        own = getattr(self.processor, "chat_template", None) is not None
+        if self.chat_template is None:
             raise DataError(
                 f"{type(self.processor).__name__} has no chat template, so conversations cannot be written in the "
                 "model's format; put the model's chat_template.jinja into its folder"
             )
         try:
-            text = str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=invite))
+            text = str(
+                self.processor.apply_chat_template(
+                    messages, None if own else self.chat_template, tokenize=False, add_generation_prompt=invite
+                )
+            )
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{where}: the model's chat template refuses it: {error}") from error
         return text.removeprefix(self.tokenizer.bos_token) if self.adds_bos else text  # the tokenizer adds it again
@@ -320,8 +345,10 @@ class SampleEncoder:
                     f"sample {sample.id} has {length} tokens, more than {self.max_tokens}; shorten it or its media"
                 )
             for kind in sample.media:
-                token = self.tokenizer.convert_tokens_to_ids(self.placeholders.get(kind, self.tokenizer.pad_token))
-                if kind in self.placeholders and not bool((ids[row] == token).any()):
+                shown = [kind, "image"] if kind == "video" else [kind]  # some write videos as pictures
+                names = [self.placeholders[k] for k in shown if k in self.placeholders]
+                tokens = torch.tensor(self.tokenizer.convert_tokens_to_ids(names), dtype=ids.dtype)
+                if kind in self.placeholders and not bool(torch.isin(ids[row], tokens).any()):
                     raise DataError(
                         f"sample {sample.id}: {name} or its chat template drops the {kind}; leave it out, or use a "
                         "chat template that shows it"
@@ -329,11 +356,27 @@ class SampleEncoder:
 
     @contextmanager
     def _left_padding(self) -> Iterator[None]:
+        """Padding on the left; afterwards the tokenizer is as it was, as it may be saved with the model."""
         side, self.tokenizer.padding_side = self.tokenizer.padding_side, "left"
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        padding = None if backend is None else backend.padding
         try:
             yield
         finally:
             self.tokenizer.padding_side = side
+            if backend is not None:
+                backend.no_padding() if padding is None else backend.enable_padding(**padding)
+
+
+def group_batches(
+    encoder: SampleEncoder, samples: Sequence[Sample], batch_size: int, *, with_answer: bool = True
+) -> tuple[int, Iterator[EncodedBatch]]:
+    """Batches whose samples all have the same kinds of media, and how many there are.
+
+    A short question about a picture in one batch with speech would mostly be padding.
+    """
+    parts = in_batches(samples, batch_size, mixed=False)
+    return len(parts), (encoder.encode(part, with_answer=with_answer) for part in parts)
 
 
 def estimated_tokens(sample: Sample) -> int:

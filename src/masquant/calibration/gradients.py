@@ -7,7 +7,8 @@ in a quadratic loss of that linear. g is the gradient of z^T logits at the answe
 p the model's own probabilities: no label is needed, and one backward pass serves all answer tokens of a sample.
 
 Two passes over the blocks, one block in memory at a time: forward, keeping every block's input; then backwards, each
-block run once more with gradients. As many batches go through together as their blocks' inputs may take disk.
+block run once more with gradients. As many batches go through together as their blocks' inputs may take disk. Keys and
+values that a block takes from an earlier one, as some models do, count as given.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from ..blocks import AbstractBlocks
 from ..distributed import gather
 from ..errors import ModelError
-from ..models import LinearGroup, decoder_of
+from ..models import LinearGroup, core_of, decoder_of, groups_of, token_rows
 from ..progress import AbstractProgress
 from .block_inputs import BlockInputs, HiddenStates
 
@@ -80,7 +81,7 @@ def _logit_directions(
 ) -> list[Tensor]:
     """Gradients of z^T logits [batch, tokens, features] at the last block's output, for `samples` random z."""
     positions = answers[:, 1:].to(hidden.device)
-    norm, head = cast(nn.Module, decoder_of(model).norm), model.get_output_embeddings()
+    norm, head = cast(nn.Module, decoder_of(model).norm), core_of(model).get_output_embeddings()
     leaf = hidden.detach().float()[:, :-1][positions].requires_grad_(True)
     weight = cast(Tensor, head.weight)
     with torch.enable_grad():
@@ -105,13 +106,13 @@ def _block_gradients(
     directions: list[Tensor],
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Directions at the block's input, and squared gradient norms per group [batch, tokens]."""
-    outputs: dict[str, list[Tensor]] = {group.name: [] for group in groups}
+    outputs: dict[str, list[tuple[Tensor, Tensor | None]]] = {group.name: [] for group in groups}
 
-    def keep(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda _module, _args, output: outputs[name].append(output)
+    def keep(name: str, rows: Callable[[], Tensor | None]) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _args, output: outputs[name].append((output, rows()))
 
     handles = [
-        block.get_submodule(linear).register_forward_hook(keep(group.name))
+        block.get_submodule(linear).register_forward_hook(keep(group.name, token_rows(block, linear)))
         for group in groups
         for linear in group.linears
     ]
@@ -122,23 +123,23 @@ def _block_gradients(
     finally:
         for handle in handles:
             handle.remove()
-    flat = [(name, y) for name, ys in outputs.items() for y in ys]
+    flat = [(name, y, rows) for name, ys in outputs.items() for y, rows in ys]
     squared = {group.name: torch.zeros(hidden.shape[:2], device=hidden.device) for group in groups}
     earlier = []
     for k, direction in enumerate(directions):
         found = torch.autograd.grad(
-            output, [leaf, *(y for _, y in flat)], direction, retain_graph=k + 1 < len(directions)
+            output, [leaf, *(y for _, y, _ in flat)], direction, retain_graph=k + 1 < len(directions)
         )
         earlier.append(found[0])
-        for (name, _), gradient in zip(flat, found[1:], strict=True):
-            squared[name] += gradient.square().sum(-1).reshape(hidden.shape[:2]) / len(directions)
+        for (name, _, rows), gradient in zip(flat, found[1:], strict=True):
+            norms, total = gradient.square().sum(-1).flatten() / len(directions), squared[name].view(-1)
+            total.index_add_(0, torch.arange(len(total), device=total.device) if rows is None else rows, norms)
     return earlier, squared
 
 
 @torch.no_grad()
 def token_gradients(
     blocks: AbstractBlocks,
-    groups: Sequence[LinearGroup],
     inputs: BlockInputs,
     *,
     samples: int,
@@ -150,7 +151,6 @@ def token_gradients(
 
     Args:
         blocks: of the model, in floating point.
-        groups: of its blocks.
         inputs: captured; its hidden states are those before the first block, and stay.
         samples: random directions per batch.
         seed: of the directions.
@@ -160,7 +160,7 @@ def token_gradients(
     Raises:
         ModelError: the gradients are not finite.
     """
-    squared: list[dict[str, list[Tensor]]] = [{group.name: [] for group in groups} for _ in range(len(blocks))]
+    squared: list[dict[str, list[Tensor]]] = [{} for _ in range(len(blocks))]
     together = _batches_together(inputs, len(blocks))
     passes = ((part, step) for part in together for step in (1, -1))
     steps = ((part, step, index) for part, step in passes for index in range(len(blocks))[::step])
@@ -185,7 +185,7 @@ def token_gradients(
                 _logit_directions(blocks.model, last[k].to(device), a, samples, _noise(seed, inputs.first + part[k]))
                 for k, a in enumerate(answers)
             ]
-        hidden = states.pop()
+        hidden, groups = states.pop(), groups_of(block, blocks.family)
         for k, i in enumerate(part):
 
             def run(x: Tensor, block: nn.Module = block, index: int = index, i: int = i) -> Tensor:
@@ -195,7 +195,7 @@ def token_gradients(
             for name, values in found.items():
                 if not bool(values.isfinite().all()):
                     raise ModelError(f"layers.{index}: the answers' gradient at {name} is not finite")
-                squared[index][name].append(values.cpu())
+                squared[index].setdefault(name, []).append(values.cpu())
     return TokenGradients(squared)
 
 

@@ -4,6 +4,9 @@
 Products in float32; sums in float64 up to `_DOUBLE_LIMIT` channels, beyond that in float32 to bound memory. Padding
 never counts. Samples held back contribute their tokens (a bounded number) but no statistics; where none is held back,
 the first tokens are kept all the same, to report errors on.
+
+An expert's statistics are those of the tokens routed to it. Of a modality of which it got too few, it is shown the
+tokens of all experts.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import gather, max_over_processes, sum_over_processes, world_size
+from ..models import LinearExperts, experts_in, linear_of, token_rows
 
 _DOUBLE_LIMIT = 4096
 _BAND = 1024
 HELD_TOKENS = 512  # per modality and group, to decide by
 SEEN_TOKENS = 128  # where none is held back, to report errors on
+FEW_TOKENS = 64  # of a modality, below which an expert is fitted to the tokens of all experts
 
 
 @dataclass(frozen=True)
@@ -281,30 +286,75 @@ def collect_statistics(
     statistics: dict[str, GroupStatistics] = {}
     current = [0]
     keep_seen = not any(gather(any(bool(held.any()) for _, _, held in batches)))
+    experts = experts_in(block)
+    if experts is not None and experts.counts is None:
+        count_routed(experts, batches, forward, modalities)
 
-    def hook(group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(group: str, rows: Callable[[], Tensor | None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
+            x, seen = args[0].detach().flatten(0, -2), rows()
             ids, mask, held_back = (t.to(x.device) for t in batches[current[0]])
-            held = held_back[:, None].expand_as(mask)
-            if group not in statistics:
-                statistics[group] = GroupStatistics.empty(modalities, x.shape[-1], x.device, with_moment)
-            x = x.reshape(*mask.shape, x.shape[-1])
-            weight = weights[group][current[0]].to(x.device)[mask] if weights else None
-            statistics[group].update(x[mask], ids[mask], held[mask], weight, keep_seen=keep_seen)
+            parts = [ids.flatten(), held_back[:, None].expand_as(mask).flatten()]
+            parts += [weights[group][current[0]].to(x.device).flatten()] if weights else []
+            mask = mask.flatten()
+            if seen is not None:
+                mask, parts = mask[seen], [part[seen] for part in parts]
+            parts = [part[mask] for part in parts]
+            statistics[group].update(x[mask], *parts, keep_seen=keep_seen)
             if originals and group in originals:
-                statistics[group].update_original(originals[group](x[mask].float()), ids[mask])
+                statistics[group].update_original(originals[group](x[mask].float()), parts[0])
 
         return observe
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook(group)) for group, name in leaders.items()]
+    handles = []
+    for group, name in leaders.items():  # also for an expert that sees no token, here or in another process
+        linear = linear_of(block, name)
+        statistics[group] = GroupStatistics.empty(modalities, linear.in_features, linear.weight.device, with_moment)
+        handles.append(linear.register_forward_pre_hook(hook(group, token_rows(block, name))))
+    try:
+        for i in range(len(batches)):
+            current[0] = i
+            if experts is not None and experts.few is not None:
+                ids, mask = (t.flatten().to(experts.few.device) for t in batches[i][:2])
+                experts.shown = experts.few[:, ids.long()] & mask
+            forward(i)
+    finally:
+        for handle in handles:
+            handle.remove()
+        if experts is not None:
+            experts.shown = None
+    for found in statistics.values() if world_size() > 1 else ():
+        found.reduce()
+    return statistics
+
+
+def count_routed(
+    experts: LinearExperts,
+    batches: Sequence[tuple[Tensor, Tensor, Tensor]],
+    forward: Callable[[int], None],
+    modalities: int,
+) -> None:
+    """Fill in the experts' `counts`, and `few`, for which tokens of samples held back do not count.
+
+    Arguments as in `collect_statistics`.
+    """
+    found: list[Tensor] = []
+    current = [0]
+
+    def count(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        chosen = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+        ids, mask, held_back = (t.to(chosen.device) for t in batches[current[0]])
+        fitting = (mask & ~held_back[:, None]).flatten()
+        routed = torch.stack([(chosen == number).any(-1) & mask.flatten() for number in range(len(experts))])
+        own = torch.stack([ids.flatten() == m for m in range(modalities)])
+        found.append(torch.stack([(r[:, None] & own[None]).sum(-1) for r in (routed, routed & fitting)]))
+
+    handle = experts.register_forward_pre_hook(count, with_kwargs=True)
     try:
         for i in range(len(batches)):
             current[0] = i
             forward(i)
     finally:
-        for handle in handles:
-            handle.remove()
-    for found in statistics.values() if world_size() > 1 else ():
-        found.reduce()
-    return statistics
+        handle.remove()
+    experts.counts, fitting = sum_over_processes(torch.stack(found).sum(0))
+    experts.few = fitting < FEW_TOKENS

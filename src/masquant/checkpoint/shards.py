@@ -16,8 +16,9 @@ from torch import Tensor
 from ..errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
-_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "U32": 4}
-_ITEM_BYTES |= {"F64": 8, "I64": 8, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
+_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2}
+_ITEM_BYTES |= {"BF16": 2, "I32": 4, "U32": 4, "F32": 4, "C64": 8, "F64": 8, "I64": 8, "U64": 8}
+_RANK = {dtype: rank for rank, dtype in enumerate(_ITEM_BYTES)}  # safetensors writes dtypes in the opposite order
 _CHUNK = 16 * 2**20
 DTYPES = {
     "BOOL": torch.bool,
@@ -111,7 +112,7 @@ class TensorFile:
 def merge(files: Sequence[Path], target: Path) -> None:
     """Write the tensors of several files into one, copying bytes.
 
-    Wider dtypes come first, then names, so that every tensor stays aligned.
+    Wider dtypes come first, then names, as safetensors itself writes them, so that every tensor stays aligned.
 
     Raises:
         CheckpointError: a file is none of safetensors, or two have a tensor of one name.
@@ -123,7 +124,7 @@ def merge(files: Sequence[Path], target: Path) -> None:
     names = [name for name, *_ in tensors]
     if len(set(names)) < len(names):
         raise CheckpointError(f"{len(names) - len(set(names))} tensors of {target.name} are in two of its parts")
-    tensors.sort(key=lambda found: (-_ITEM_BYTES.get(found[1]["dtype"], 16), found[0]))
+    tensors.sort(key=lambda found: (-_RANK.get(found[1]["dtype"], len(_RANK)), found[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, entry, _, _ in tensors:

@@ -17,12 +17,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..calibration.dataset import Sample
-from ..calibration.encoding import SampleEncoder
+from ..calibration.encoding import SampleEncoder, group_batches
 from ..errors import DataError
 from ..progress import AbstractProgress, NoProgress
 from .baseline import BaselineScores, baseline_key, save_logits
 from .results import Evaluation, ModelDescription, SampleScore
-from .scoring import answer_logits, decode_answers, evaluating, group_batches, sample_scores, token_scores
+from .scoring import answer_logits, decode_answers, evaluating, sample_scores, token_scores
 
 
 @dataclass(frozen=True)

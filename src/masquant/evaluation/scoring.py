@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calibration.dataset import Sample
 from ..calibration.encoding import EncodedBatch, SampleEncoder
 from ..errors import DataError, ModelError
+from ..models import core_of
 from .metrics import answer_rows, token_agreement, token_kl, token_nll
 
 # Logits that are handled in float32 at a time: 256 MiB, whatever the vocabulary and the batch
@@ -59,21 +59,6 @@ class TokenScores:
     agreed: Tensor | None
 
 
-def group_batches(
-    encoder: SampleEncoder, samples: Sequence[Sample], batch_size: int, *, with_answer: bool = True
-) -> tuple[int, Iterator[EncodedBatch]]:
-    """Batches whose samples all have the same kinds of media, and how many there are.
-
-    A short question about a picture in one batch with speech would mostly be padding.
-    """
-    groups: dict[tuple[bool, tuple[str, ...]], list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault((sample.text is not None, sample.media), []).append(sample)
-    ordered = [groups[key] for key in sorted(groups)]
-    total = sum(-(-len(group) // batch_size) for group in ordered)
-    return total, (b for group in ordered for b in encoder.batches(group, batch_size, with_answer=with_answer))
-
-
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """The model in evaluation mode; afterwards all its modules have the modes that they had."""
@@ -93,7 +78,7 @@ def projecting(model: PreTrainedModel, choose: Callable[[Tensor], Tensor]) -> It
     The vocabulary is so large that logits of all tokens may take more time than several decoder blocks, and more
     memory than all of them. The model's own `logits_to_keep`, where it has one, knows nothing of masks.
     """
-    head: nn.Module | None = model.get_output_embeddings()
+    head: nn.Module | None = core_of(model).get_output_embeddings()
     if head is None:
         yield
         return
@@ -121,7 +106,7 @@ def answer_logits(model: PreTrainedModel, batch: EncodedBatch) -> AnswerLogits:
 
     inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.inputs.items()}
     with projecting(model, choose):
-        logits: Tensor = model(**inputs, use_cache=False).logits
+        logits: Tensor = core_of(model)(**inputs, use_cache=False).logits
     if logits.shape[:2] == (1, len(tokens)):
         logits = logits[0]
     elif logits.shape[:2] == shape:
@@ -191,7 +176,7 @@ def decode_answers(
     """Greedy answers by sample id to a batch that was encoded without answers."""
     inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
     with projecting(model, lambda hidden: hidden[:, -1:]):
-        output = model.generate(
+        output = core_of(model).generate(
             **inputs, **GREEDY, max_new_tokens=max_new_tokens, pad_token_id=encoder.tokenizer.pad_token_id
         )
     new = output[:, inputs["input_ids"].shape[1] :]

@@ -18,12 +18,13 @@ import transformers
 from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from ..blocks import AbstractBlocks
 from ..checkpoint.shards import TensorFile
 from ..checkpoint.store import BlockStore
 from ..errors import CheckpointError, ModelError
-from ..models import decoder_blocks, decoder_of
+from ..models import FAMILIES, decoder_blocks, decoder_of, linearize
 from ..progress import AbstractProgress
 
 MOST_LAYERS = 1000
@@ -110,7 +111,7 @@ def load_any(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     _check_size(path, meta_model(path))
     options = {"dtype": "auto", "use_safetensors": True, **kwargs}
     try:
-        model, info = chosen.from_pretrained(path, output_loading_info=True, **options)
+        model, info = _from_pretrained(chosen, path, options)
     except (CheckpointError, ModelError):
         raise
     except Exception as error:  # broken files make loaders raise nearly any exception
@@ -120,6 +121,19 @@ def load_any(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             first = sorted(map(str, info[problem]))[0]
             raise CheckpointError(f"{path}: {len(info[problem])} {problem.replace('_', ' ')}, such as {first}")
     return model.eval()
+
+
+def _from_pretrained(
+    cls: type[PreTrainedModel], path: str | Path, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of loading it."""
+    loader = PreTrainedModel.from_pretrained.__func__  # a class's own may not say it
+    model, info = loader(cls, path, output_loading_info=True, **options)
+    found = next((f.side_file for f in FAMILIES if model.config.model_type in f.model_types), None)
+    if found is not None:
+        method, name = found
+        getattr(model, method)(cached_file(path, name))
+    return model, info
 
 
 def _devices(model: nn.Module, layers: nn.Module, device: str) -> dict[str, str]:
@@ -183,7 +197,7 @@ class StreamedBlocks(AbstractBlocks):
             file, stored = self.places[self.prefix(index) + name]
             tensors[name] = self._opened[file].read(stored).to(tensor.dtype)
         block.load_state_dict(tensors, assign=True)
-        return block
+        return linearize(block, self.family)
 
     def take(self, index: int) -> nn.Module:
         return self.copy(index)

@@ -24,7 +24,7 @@ from ..checkpoint.format import QUANT_METHOD, CheckpointFormat, Site, TensorSpec
 from ..checkpoint.shards import DTYPES, read_header
 from ..errors import CheckpointError, ModelError
 from ..modality import ModalityState, attach_routing
-from ..models import decoder_blocks, decoder_of, family_of, modality_tokens_of
+from ..models import decoder_blocks, decoder_of, experts_in, family_of, linearize, modality_tokens_of
 from ..plan import GroupPlan, group_rotation, plan_block, site_key
 from ..runtime import MasquantLinear
 from ..runtime.build import replace_group
@@ -79,7 +79,8 @@ class MasquantQuantizer(HfQuantizer):
         check_loaded(model)
         check_learned_rotation(decoder_of(model))
         attach_routing(model, decoder_of(model), state_of(model))
-        attach_residual_rotation(decoder_of(model), self.format.rotations)
+        stream_inputs = family_of(model.config).stream_inputs
+        attach_residual_rotation(decoder_of(model), self.format.rotations, stream_inputs)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -120,6 +121,9 @@ def build_quantized_shell(
     plans: list[tuple[GroupPlan, ...]] = []
     used: set[str] = set()
     for index, block in enumerate(decoder_blocks(model)):
+        experts = experts_in(linearize(block, family))
+        if experts is not None:
+            experts.state = state
         groups = plan_block(block, index, family, checkpoint.ignore, checkpoint.weights_of)
         for group in groups:
             site = checkpoint.sites.get(site_key(index, group.name), Site())

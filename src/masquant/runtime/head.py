@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..modality import Modality, ModalityState, ModalityTokens
+from ..models import core_of
 from ..quantization import absmax_scale, dequantize_weight, pack, quantize_weight, unpack
 from .linear import GroupInput, LinearSpec, MasquantLinear
 
@@ -90,7 +91,8 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def _modules(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear]:
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    core = core_of(model)
+    embeddings, head = core.get_input_embeddings(), core.get_output_embeddings()
     if type(embeddings) is not nn.Embedding or type(head) is not nn.Linear:
         found = f"{type(embeddings).__name__} and {type(head).__name__}"
         raise ModelError(f"quantize_lm_head knows plain embeddings and a linear head; this model has {found}")
@@ -113,10 +115,13 @@ def replace_head(
     embedding = MasquantEmbedding(embeddings.num_embeddings, embeddings.embedding_dim, dtype, device)
     own = None if tied else MasquantHead(head.in_features, head.out_features, head.bias is not None, dtype, device)
     names = _name(model, embeddings), _name(model, head)
+    core = core_of(model)
+    core._tied_weights_keys = {}  # type: ignore[assignment]
+    for owner in (model, core):  # the parts around a core keep theirs
+        own_key, tied_keys = f"{_name(owner, head)}.weight", cast(Any, owner).all_tied_weights_keys
+        cast(Any, owner).all_tied_weights_keys = {key: of for key, of in tied_keys.items() if key != own_key}
     model.set_submodule(names[0], embedding)
     model.set_submodule(names[1], TiedHead(embedding) if own is None else own)
-    model._tied_weights_keys = {}  # type: ignore[assignment]
-    cast(Any, model).all_tied_weights_keys = {}
     return embedding, own
 
 

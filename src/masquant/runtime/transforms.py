@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -29,11 +30,19 @@ def reserve_learned_rotation(decoder: nn.Module, rotations: Rotations | None) ->
         decoder.register_buffer(LEARNED_ROTATION, torch.empty(size, size, device="meta"))
 
 
-def attach_residual_rotation(decoder: nn.Module, rotations: Rotations | None) -> None:
+def attach_residual_rotation(
+    decoder: nn.Module, rotations: Rotations | None, stream_inputs: Sequence[str] = ()
+) -> None:
     """Rotate the hidden states as they enter the first block of `decoder`, and back as they enter its last norm.
 
-    Embeddings, encoders and lm_head stay as they are. A learned part is taken from the decoder's buffer. Nothing is
-    done without a rotation.
+    Embeddings, encoders, lm_head and the hidden states that are given out stay as they are. A learned part is taken
+    from the decoder's buffer. Nothing is done without a rotation.
+
+    Args:
+        decoder: the module with the blocks.
+        rotations: of the model.
+        stream_inputs: keyword arguments of its forward, tensors or lists of them [..., hidden], that it adds to the
+            hidden states between blocks; they are rotated too.
 
     Raises:
         ModelError: the decoder has no last norm.
@@ -54,12 +63,29 @@ def attach_residual_rotation(decoder: nn.Module, rotations: Rotations | None) ->
             return (residual.apply(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": residual.apply(kwargs["hidden_states"])}
 
+    def join(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        turned = {
+            name: [residual.apply(t) for t in value] if isinstance(value, list | tuple) else residual.apply(value)
+            for name in stream_inputs
+            if (value := kwargs.get(name)) is not None
+        }
+        return args, {**kwargs, **turned}
+
     def leave(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         return (residual.invert(args[0]), *args[1:])
+
+    def restore(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        states = getattr(output, "hidden_states", None)
+        if states:  # asked for with output_hidden_states; the last one comes from the last norm
+            output.hidden_states = (*(None if s is None else residual.invert(s) for s in states[:-1]), states[-1])
+        return output
 
     first = cast(nn.ModuleList, decoder.layers)[0]
     first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
     norm.register_forward_pre_hook(leave)
+    decoder.register_forward_hook(restore)
+    if stream_inputs:
+        decoder.register_forward_pre_hook(join, with_kwargs=True)
 
 
 def attach_input_rotation(linear: nn.Linear, rotation: Rotation) -> None:

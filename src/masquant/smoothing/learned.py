@@ -67,6 +67,16 @@ class TrialLinear(nn.Module):
         return y.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
+def seen_ids(ids: Callable[[], Tensor], rows: Callable[[], Tensor | None]) -> Callable[[], Tensor]:
+    """Way to get the modality ids of the tokens that a linear sees, of those of all tokens [batch, tokens]."""
+
+    def own() -> Tensor:
+        chosen = rows()
+        return ids() if chosen is None else ids().flatten()[chosen]
+
+    return own
+
+
 def modality_loss(error: Tensor, ids: Tensor, mask: Tensor, weights: Sequence[float], args: LearnedArgs) -> Tensor:
     """Loss of an error [batch, tokens, features].
 

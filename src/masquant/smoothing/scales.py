@@ -67,21 +67,23 @@ def share_across_query_heads(scale: Tensor, num_heads: int, num_key_value_heads:
     return log.mean(-2, keepdim=True).expand_as(log).flatten(-3).exp()
 
 
-def exact_norm_fold(norm_weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def exact_norm_fold(norm_weight: Tensor, scale: Tensor, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """Folded norm weight and the vector that was really folded, so that their product is exact.
 
     Args:
         norm_weight: [in], in the model's dtype.
         scale: [in], the vector wanted.
+        offset: what the norm adds to its weight before it multiplies with it.
 
     Returns:
-        The new norm weight, in its dtype, and the divisor float32 [in] with new * divisor == old; 1 where the norm's
-        weight is zero (or would become zero).
+        The new norm weight, in its dtype, and the divisor float32 [in] with (new + offset) * divisor == old + offset;
+        1 where the norm's gain is zero (or would become zero).
     """
-    folded = (norm_weight.float() / scale).to(norm_weight.dtype)
-    usable = (folded != 0) & folded.isfinite()
+    gain = norm_weight.float() + offset
+    folded = (gain / scale - offset).to(norm_weight.dtype)
+    usable = (folded.float() + offset != 0) & folded.isfinite()
     folded = torch.where(usable, folded, norm_weight)
-    divisor = torch.where(usable, norm_weight.float() / folded.float(), 1.0)
+    divisor = torch.where(usable, gain / (folded.float() + offset), 1.0)
     return folded, divisor
 
 
