@@ -5,9 +5,10 @@
     python benchmarks/end_to_end.py --models omni-135m --checkpoint OUT    # an own quantized checkpoint of it
 
 masquant runs W4A8 in groups of 64 with embeddings and head in 8 bits; llama.cpp (llama-cpp-python, if installed) the
-same float weights as Q4_0 with embeddings and head in Q8_0; transformers the float model in bfloat16. All are in one
-process and take turns; a prompt of 256 tokens, then 64 tokens one by one. Memory is the growth of the resident set
-while an engine is loaded and run once.
+same float weights as Q4_0 with embeddings and head in Q8_0; transformers the float model in bfloat16; OpenVINO (if
+installed, omni-135m only) 4 bits in groups of 64 with embeddings and head in 8. All are in one process and take turns;
+a prompt of 256 tokens, then 64 tokens one by one. Memory is the growth of the resident set while an engine is loaded
+and run once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -125,6 +127,24 @@ class LlamaCpp(Engine):
         first = time.perf_counter()
         for _ in range(answer):
             token = self._decode([token])
+        return first - start, (time.perf_counter() - first) / answer
+
+
+class OpenVino(Engine):
+    """The decoder as an OpenVINO graph."""
+
+    def __init__(self, config: Any, get: Callable[[str], torch.Tensor | None]) -> None:
+        from openvino_model import Runner
+
+        self.name, self.runner = "openvino int4 g64", Runner(config, get)
+
+    def run(self, prompt: list[int], answer: int) -> tuple[float, float]:
+        self.runner.reset()
+        start = time.perf_counter()
+        token = self.runner.next(prompt)
+        first = time.perf_counter()
+        for _ in range(answer):
+            token = self.runner.next([token])
         return first - start, (time.perf_counter() - first) / answer
 
 
@@ -300,11 +320,12 @@ def build(what: str, checkpoint: Path | None, folder: Path) -> list[tuple[Engine
         float_model = load_any(model, dtype=torch.float32)
         text = float_model.config.get_text_config()
         gguf_tensors: Any = tensors_of(decoder_of(float_model))
+        weights = decoder_of(float_model).state_dict()
         del float_model
     else:
         config = config_3b()
         makers.append(lambda: Masquant(random_quantized(config)))
-        text, gguf_tensors = config.get_text_config(), random_tensors
+        text, gguf_tensors, weights = config.get_text_config(), random_tensors, None
     try:
         import llama_cpp  # noqa: F401
 
@@ -312,6 +333,8 @@ def build(what: str, checkpoint: Path | None, folder: Path) -> list[tuple[Engine
         makers.append(lambda: LlamaCpp(folder / f"{what}.gguf"))
     except ImportError:
         print("llama-cpp-python is not installed: left out")
+    if weights is not None and importlib.util.find_spec("openvino") is not None:
+        makers.append(lambda: OpenVino(text, weights.get))
     engines = []
     prompt = list(range(5, 5 + 16))
     for make in makers:

