@@ -321,7 +321,6 @@ def check(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder} is no masquant checkpoint: config.json has no masquant quantization_config")
     checkpoint = parse_format(found)
-    verify_checksums(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no safetensors files")
@@ -347,6 +346,7 @@ def check(path: str | Path) -> dict[str, Any]:
     ]
     if left:
         raise CheckpointError(f"{left[0]} is in floating point, though the configuration does not ignore it")
+    verify_checksums(folder)
     return {
         "scheme": checkpoint.scheme,
         "quantized_linears": len(quantized_linears(model)),

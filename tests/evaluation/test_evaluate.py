@@ -232,6 +232,9 @@ class Recorder(AbstractProgress):
             yield item
         self.bars.append((description, total, unit, count))
 
+    def status(self, text: str) -> None:
+        pass
+
     def note(self, message: str) -> None:
         raise AssertionError(message)
 

@@ -413,7 +413,7 @@ def test_truncated_file(omni: Case, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         masquant.load(folder)
     file.write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
+    with pytest.raises(CheckpointError, match="is no whole safetensors file"):
         masquant.check(folder)
 
 
