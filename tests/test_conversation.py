@@ -16,6 +16,7 @@ from masquant.calibration.dataset import load_samples
 from masquant.calibration.encoding import SampleEncoder
 from masquant.conversation import Answer, Message, Part, Responder, Sampling
 from masquant.errors import DataError
+from masquant.models import core_of
 from masquant.pipeline import quantize
 from masquant.recipe import Recipe
 from masquant.runtime.native import instruction_sets
@@ -49,7 +50,7 @@ def test_inputs_and_answer_are_those_of_the_toolkit(family: str, tmp_path: Path)
 
     answer = responder.answer([user(sample.prompt, **media)], GREEDY)
     text = "".join(answer)
-    output = model.generate(
+    output = core_of(model).generate(
         **expected, max_new_tokens=24, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id
     )
     new = output[0, expected["input_ids"].shape[1] :]
@@ -131,7 +132,7 @@ def test_a_stop_string_ends_the_answer_before_it(responder: Responder) -> None:
 
 
 def test_the_models_end_token_stops(responder: Responder) -> None:
-    plain = responder.model.generate(
+    plain = core_of(responder.model).generate(
         **responder.encode([user("Hello")]), max_new_tokens=3, do_sample=False, pad_token_id=256
     )
     ending = Responder(talking_model(OMNI), responder.encoder.processor)
