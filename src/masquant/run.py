@@ -216,7 +216,7 @@ class Run:
                 size = 0
             parts[-1] = (*parts[-1], group)
             size += more
-        return parts
+        return parts or [groups]  # a block that the recipe ignores has none
 
     def observe(
         self, block: nn.Module, index: int, groups: tuple[GroupPlan, ...], targets: HiddenStates | None = None

@@ -245,10 +245,11 @@ class GroupStatistics:
         self.deciding.reduce()
         if self.original is not None:
             max_over_processes(self.original)
+        most = HELD_TOKENS if bool(self.deciding.counts.any()) else SEEN_TOKENS
         for m in range(len(self.held)):
             device = self.held[m].device
-            self.held[m] = torch.cat([x.to(device) for x in gather(self.held[m].cpu())])[:HELD_TOKENS]
-            self.held_weights[m] = torch.cat([w.to(device) for w in gather(self.held_weights[m].cpu())])[:HELD_TOKENS]
+            self.held[m] = torch.cat([x.to(device) for x in gather(self.held[m].cpu())])[:most]
+            self.held_weights[m] = torch.cat([w.to(device) for w in gather(self.held_weights[m].cpu())])[:most]
 
     def merged(self) -> Moments:
         """Statistics over all samples."""
