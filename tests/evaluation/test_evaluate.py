@@ -82,7 +82,7 @@ def test_scores_and_model_as_baseline_agree(setting: Any) -> None:
             evaluate(quantized, processor, samples[:3], baseline=scores, generate=False)
     assert not folder.exists()
     b = evaluate(quantized, processor, samples, baseline=model, generate=False)
-    assert a == b
+    assert a.samples == b.samples
     assert all(m["kl"] > 0 for m in a.tasks.values())
 
 
