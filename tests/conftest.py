@@ -1,7 +1,9 @@
 """Shared set-up: quiet libraries, fixed seeds, two threads (so that results do not depend on the machine)."""
 
 import os
+import signal
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would what tests start
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
