@@ -3,7 +3,6 @@
 import os
 import signal
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would what tests start
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would what tests start
 logging.disable_progress_bar()
 
 
