@@ -6,7 +6,7 @@
 
 masquant runs W4A8 in groups of 64 with embeddings and head in 8 bits; llama.cpp (llama-cpp-python, if installed) the
 same float weights as Q4_0 with embeddings and head in Q8_0; transformers the float model in bfloat16; OpenVINO (if
-installed, omni-135m only) 4 bits in groups of 64 with embeddings and head in 8. All are in one process and take turns;
+installed) 4 bits in groups of 64 with embeddings and head in 8. All are in one process and take turns;
 a prompt of 256 tokens, then 64 tokens one by one. Memory is the growth of the resident set while an engine is loaded
 and run once.
 """
@@ -23,6 +23,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,21 @@ def random_quantized(config: Any) -> Any:
     return model.eval()
 
 
+@torch.no_grad()
+def random_float(config: Any) -> Any:
+    """A model in bfloat16 with random weights."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config).bfloat16()
+    decoder = decoder_of(model.to_empty(device="cpu"))
+    decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config)
+    model.tie_weights()
+    for tensor in model.parameters():
+        tensor.normal_(0, 0.02) if tensor.dim() > 1 else tensor.fill_(1)
+    return model.eval()
+
+
 @torch.inference_mode()
 def media_cost(model: Any, rounds: int) -> list[dict[str, Any]]:
     """Tokens/s of a prompt of text alone and of one modality's tokens alone, through all blocks, in turn."""
@@ -317,15 +333,20 @@ def build(what: str, checkpoint: Path | None, folder: Path) -> list[tuple[Engine
             quantize_folder(model, checkpoint, samples, recipe)
         makers.append(lambda: Masquant(masquant.load(checkpoint)))
         makers.append(lambda: Transformers(load_any(model, dtype=torch.bfloat16)))
-        float_model = load_any(model, dtype=torch.float32)
-        text = float_model.config.get_text_config()
-        gguf_tensors: Any = tensors_of(decoder_of(float_model))
-        weights = decoder_of(float_model).state_dict()
-        del float_model
+        float_model = cache(lambda: load_any(model, dtype=torch.float32))
+        text = float_model().config.get_text_config()
+        gguf_tensors: Any = tensors_of(decoder_of(float_model()))
     else:
         config = config_3b()
+        float_model = cache(lambda: random_float(config))
         makers.append(lambda: Masquant(random_quantized(config)))
-        text, gguf_tensors, weights = config.get_text_config(), random_tensors, None
+        makers.append(lambda: Transformers(float_model()))
+        text, gguf_tensors = config.get_text_config(), random_tensors
+
+    def weight(name: str) -> torch.Tensor | None:
+        found = decoder_of(float_model()).state_dict().get(name)
+        return None if found is None else found.float()
+
     try:
         import llama_cpp  # noqa: F401
 
@@ -333,8 +354,8 @@ def build(what: str, checkpoint: Path | None, folder: Path) -> list[tuple[Engine
         makers.append(lambda: LlamaCpp(folder / f"{what}.gguf"))
     except ImportError:
         print("llama-cpp-python is not installed: left out")
-    if weights is not None and importlib.util.find_spec("openvino") is not None:
-        makers.append(lambda: OpenVino(text, weights.get))
+    if importlib.util.find_spec("openvino") is not None:
+        makers.append(lambda: OpenVino(text, weight))
     engines = []
     prompt = list(range(5, 5 + 16))
     for make in makers:
