@@ -368,10 +368,12 @@ def resident_bytes(model: PreTrainedModel) -> dict[str, int]:
             size = tensor.numel() * tensor.element_size()
             kind = name if name == "smooth_scale" else "compensation" if name.startswith("compensation") else "packed"
             sizes["lm_head" if head else kind] += size
-        if module.group.packed is not None and module.is_leader:
-            size = module.group.packed.weight_bytes
-            hidden[id(module.group.packed)] = size
-            sizes["lm_head" if head else "packed"] += size
+        packed = module.group.packed
+        if packed is not None and module.is_leader:
+            patches = sum(patch.nbytes for patch in packed.patches.values())
+            hidden[id(packed)] = packed.weight_bytes + patches
+            sizes["lm_head" if head else "packed"] += packed.weight_bytes
+            sizes["compensation"] += patches
     seen: dict[int, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         storage = tensor.untyped_storage()

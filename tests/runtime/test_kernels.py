@@ -13,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from masquant.compensation import ALL_TOKENS
 from masquant.errors import KernelError
+from masquant.modality import Modality, ModalityState, ModalityTokens
 from masquant.quantization import absmax_scale, dequantize_weight, pack, quantize_weight
 from masquant.rotation import Rotation
-from masquant.runtime import native, ops
+from masquant.runtime import MasquantLinear, native, ops
+from masquant.runtime.linear import GroupInput, LinearSpec
 from masquant.runtime.packed import PackedGroup
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="masquant was installed without kernels")
@@ -82,13 +85,14 @@ def test_group_equals_the_specification(
     linears = Linears(seed, features, group_size, bits, rows)
     smooth = (rand(seed + 1, 3, features).abs() + 0.3).bfloat16()
     smooth[0] = 1
-    vision = (rand(seed + 2, 5, features).bfloat16(), [rand(seed + 3, n, 5).bfloat16() for n in rows], None)
+    vision = ([1], rand(seed + 2, 5, features).bfloat16(), [rand(seed + 3, n, 5).bfloat16() for n in rows], None)
     audio = (
+        [2],
         (20 * rand(seed + 4, 2, features)).to(torch.int8),
         [(20 * rand(seed + 5, n, 2)).to(torch.int8) for n in rows],
         rand(seed + 6, 2).bfloat16() / 400,
     )
-    group = linears.group(activation_bits, smooth=smooth, patches={1: vision, 2: audio}, modalities=3)
+    group = linears.group(activation_bits, smooth=smooth, patches={"vision": vision, "audio": audio}, modalities=3)
     x = rand(seed + 7, tokens, features)
     ids = torch.randint(0, 3, (tokens,), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     modality = ids if media else None
@@ -97,8 +101,8 @@ def test_group_equals_the_specification(
         assert torch.equal(found, wanted)  # bit for bit: the same divisions, the same ties
     projected, factors = [], []
     if media:
-        for row, (a, b, factor_scale) in ((1, vision), (2, audio)):
-            u = torch.ops.masquant.project_input(x, ids, smooth, a, row)
+        for rows_of, a, b, factor_scale in (vision, audio):
+            u = torch.ops.masquant.project_input(x, ids, smooth, a, rows_of[0])
             projected.append(u if factor_scale is None else u * factor_scale.float())
             factors.append(b)
     for member, y in enumerate(group.forward(x, modality)):
@@ -139,7 +143,7 @@ def test_a_patch_for_all_tokens_and_bfloat16(name: str) -> None:
     native.select(name)
     linears = Linears(3, 64, 32, 4, (40,))
     a, b = rand(1, 4, 64).bfloat16(), rand(2, 40, 4).bfloat16()
-    group = linears.group(patches=dict.fromkeys(range(2), (a, [b], None)), modalities=2)
+    group = linears.group(patches={ALL_TOKENS: (range(2), a, [b], None)}, modalities=2)
     x = rand(4, 9, 64).bfloat16()
     (y,) = group.forward(x, None)
     q, scale = torch.ops.masquant.quantize_input(x, None, None, 8)
@@ -226,6 +230,39 @@ def test_packing_is_undone(seed: int, bits: int, rows: int, features: int) -> No
         index = torch.tensor([0, rows - 1, rows // 2])
         taken, taken_scale = group.take_rows(index)
         assert torch.equal(taken, q[index]) and torch.equal(taken_scale, scale[index])
+
+
+@pytest.mark.parametrize("factors", ["bfloat16", "int8"])
+def test_a_packed_group_replaces_its_linears_tensors(factors: str) -> None:
+    state, group = (
+        ModalityState(ModalityTokens(tuple(Modality), {Modality.VISION: (1,), Modality.AUDIO: (2,)})),
+        GroupInput(2),
+    )
+    linears = torch.nn.ModuleList(
+        MasquantLinear(
+            LinearSpec(40, n, True, 4, None, 8, True, {"vision": 3, "audio": 5}, factors, None, torch.float32),
+            state,
+            group,
+        )
+        for n in (24, 7)
+    )
+    for number, tensor in enumerate(linears.buffers()):
+        values = 20 * rand(number, *tensor.shape)
+        tensor.copy_(values) if tensor.dtype != torch.int64 else None
+    wanted = {name: tensor.clone() for name, tensor in linears.state_dict().items()}
+    packed = group.pack()
+    left = {name.rpartition(".")[2] for name, _ in linears.named_buffers()}
+    assert left <= {"weight_shape", "bias", "smooth_scale", "scale"}  # small; all else would be held twice
+    found = linears.state_dict()
+    assert set(found) == set(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert torch.equal(linears[1].compensation["audio"].b, wanted["1.compensation.audio.b"])
+    assert linears[1].compensation["audio"].a is None
+    linears.load_state_dict(wanted)
+    assert group.packed is None and group.pack() is not packed
+    linears.double()
+    assert group.packed is None
+    found = linears.state_dict()
+    assert set(found) == set(wanted) and all(torch.equal(found[name].float(), wanted[name].float()) for name in wanted)
 
 
 def test_the_specification_is_what_runs_without_kernels() -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -105,17 +105,15 @@ class GroupInput:
             self.source, self.work, self.remaining = x, work, self.followers
 
     def pack(self) -> PackedGroup:
-        """The group in the kernels' layout, which replaces `weight_packed` and `weight_scale` of its linears."""
+        """The group in the kernels' layout, which replaces the packed weights, scales and patches of its linears."""
         with self.lock:
             if self.packed is None:
                 leader, modalities = self.leader, self.leader.state.tokens.modalities
-                patches: dict[int, tuple[Tensor, list[Tensor], Tensor | None]] = {}
+                patches: dict[str, tuple[Sequence[int], Tensor, list[Tensor], Tensor | None]] = {}
                 for key, factors in leader.compensation.items():
                     rows = range(len(modalities)) if key == ALL_TOKENS else [modalities.index(Modality(key))]
                     b = [cast(Compensation, linear.compensation[key]).b for linear in self.linears]
-                    patches |= {
-                        row: (cast(Tensor, factors.a), b, cast("Tensor | None", factors.scale)) for row in rows
-                    }
+                    patches[key] = (rows, cast(Tensor, factors.a), b, cast("Tensor | None", factors.scale))
                 spec = leader.spec
                 self.packed = PackedGroup(
                     [linear.weight_packed for linear in self.linears],
@@ -131,6 +129,8 @@ class GroupInput:
                 )
                 for linear in self.linears:
                     del linear.weight_packed, linear.weight_scale
+                    for key, own in linear.compensation.items():
+                        cast(Compensation, own).leave(self.packed, key, linear.member)
             return self.packed
 
     def unpack(self) -> None:
@@ -141,6 +141,8 @@ class GroupInput:
                 for member, linear in enumerate(self.linears):
                     for name, tensor in zip(PACKED_NAMES, packed.unpack(member), strict=True):
                         linear.register_buffer(name, tensor)
+                    for own in linear.compensation.values():
+                        cast(Compensation, own).take_back()
 
 
 class Compensation(nn.Module):
@@ -157,9 +159,41 @@ class Compensation(nn.Module):
         dtype = FACTOR_DTYPES[factors]
         a = None if in_features is None else torch.zeros(rank, in_features, dtype=dtype, device=device)
         has_scale = in_features is not None and factors == "int8"
+        self.names = ("b",) if a is None else ("a", "b")
+        self._place: tuple[PackedGroup, str, int] | None = None  # where the factors are, if not here
         self.register_buffer("a", a)
         self.register_buffer("b", torch.zeros(out_features, rank, dtype=dtype, device=device))
         self.register_buffer("scale", torch.ones(rank, dtype=SCALE_DTYPE, device=device) if has_scale else None)
+
+    def leave(self, packed: PackedGroup, key: str, member: int) -> None:
+        """The factors are in the kernels' layout now."""
+        self._place = packed, key, member
+        for name in self.names:
+            delattr(self, name)
+
+    def take_back(self) -> None:
+        """The factors are here again."""
+        found, self._place = self._elsewhere(), None
+        for name, tensor in found.items():
+            self.register_buffer(name, tensor)
+
+    def _elsewhere(self) -> dict[str, Tensor]:
+        if self._place is None:
+            return {}
+        packed, key, member = self._place
+        found = dict(zip(("a", "b"), packed.factors(key, member), strict=True))
+        return {name: found[name] for name in self.names}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("a", "b"):
+            found = self._elsewhere().get(name)
+            if found is not None:
+                return found
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: tensor for name, tensor in self._elsewhere().items()})
 
 
 class MasquantLinear(nn.Module):

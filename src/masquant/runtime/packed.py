@@ -40,6 +40,11 @@ class PackedPatch:
     b: Tensor
     a_scale: Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+        return self.a.nbytes + self.b.nbytes
+
 
 class PackedGroup:
     """Linears with one input as the kernels want them, and their product.
@@ -52,7 +57,8 @@ class PackedGroup:
         num_bits: of the weights, 4 or 8.
         activation_bits: 6 or 8; 16 takes the sum of two integers of 8 bits, which keeps 15 bits of the largest value.
         smooth: bfloat16 [modalities, in], or None.
-        patches: by modality id, a [rank, in], b per member [out, rank], and the scale [rank] of integer factors.
+        patches: by name, the ids of its modalities, a [rank, in], b per member [out, rank], and the scale [rank] of
+            integer factors.
         modalities: of the model.
         rotation: of the input.
     """
@@ -67,7 +73,7 @@ class PackedGroup:
         num_bits: int,
         activation_bits: int,
         smooth: Tensor | None = None,
-        patches: Mapping[int, tuple[Tensor, Sequence[Tensor], Tensor | None]] | None = None,
+        patches: Mapping[str, tuple[Sequence[int], Tensor, Sequence[Tensor], Tensor | None]] | None = None,
         modalities: int = 1,
         rotation: Rotation | None = None,
     ) -> None:
@@ -99,15 +105,16 @@ class PackedGroup:
             )
         self.smooth = smooth.to(torch.bfloat16).contiguous() if smooth is not None else None
         self.patches = {
-            row: PackedPatch(
+            name: PackedPatch(
                 _stored(torch.nn.functional.pad(a, (0, self.padded_in - in_features))),
                 _stored(self._padded_rows(b).t()),
                 scale.float() if scale is not None else None,
             )
-            for row, (a, b, scale) in (patches or {}).items()
+            for name, (_, a, b, scale) in (patches or {}).items()
         }
         self._keep: list[Tensor] = []
-        self.struct = self._struct(activation_bits, groups, modalities, rotation)
+        rows_of = {name: rows for name, (rows, *_) in (patches or {}).items()}
+        self.struct = self._struct(activation_bits, groups, modalities, rotation, rows_of)
         self._reference = ctypes.byref(self.struct)
         self.handle = next(_handles)
         _groups[self.handle] = self
@@ -120,20 +127,26 @@ class PackedGroup:
         return out
 
     def _struct(
-        self, activation_bits: int, groups: int, modalities: int, rotation: Rotation | None
+        self,
+        activation_bits: int,
+        groups: int,
+        modalities: int,
+        rotation: Rotation | None,
+        rows_of: Mapping[str, Sequence[int]],
     ) -> native.GroupStruct:
         self._member_rows = torch.tensor(self.rows, dtype=torch.int32)
         self._patch_structs = None
         if self.patches:
             self._patch_structs = (native.PatchStruct * modalities)()
-            for row, patch in self.patches.items():
-                self._patch_structs[row] = native.PatchStruct(
-                    len(patch.a),
-                    int(patch.a.dtype == torch.int8),
-                    native.pointer(patch.a),
-                    native.pointer(patch.b),
-                    native.pointer(patch.a_scale),
-                )
+            for name, patch in self.patches.items():
+                for row in rows_of[name]:
+                    self._patch_structs[row] = native.PatchStruct(
+                        len(patch.a),
+                        int(patch.a.dtype == torch.int8),
+                        native.pointer(patch.a),
+                        native.pointer(patch.b),
+                        native.pointer(patch.a_scale),
+                    )
         return native.GroupStruct(
             self.in_features,
             self.padded_in,
@@ -216,6 +229,12 @@ class PackedGroup:
         )
         blocks = self.scale[start // BLOCK : start // BLOCK + -(-rows // BLOCK)]
         return words, blocks.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
+
+    def factors(self, name: str, member: int) -> tuple[Tensor, Tensor]:
+        """Of a patch, `a` [rank, in] and the member's `b` [out, rank], as they were packed from."""
+        patch, start = self.patches[name], self.starts[member]
+        b = patch.b[:, start : start + self.rows[member]].t().contiguous()
+        return patch.a[:, : self.in_features].contiguous(), b
 
 
 @torch.library.custom_op("masquant::group_forward", mutates_args=())
