@@ -5,8 +5,8 @@
     python benchmarks/streaming.py FOLDER --layers 4 --method gptq --memory 12       # a few blocks of the same width
 
 The model is a Qwen2.5-Omni thinker with the decoder of Qwen2.5-14B, the encoders of Qwen2.5-Omni-7B, and the
-tokenizer, media and samples of omni-135m. `masquant quantize` runs in a process whose address space is bounded
-(RLIMIT_AS, what `ulimit -v` sets); its resident memory is read every second.
+tokenizer, media and samples of omni-135m. `masquant quantize` runs in a control group whose memory is bounded (Linux,
+as root): beyond the bound the kernel ends it. Its resident memory is read every second.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ AUDIO = {
     "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "output_dim": 5120
 }  # fmt: skip
 SHARD_BYTES = 4 * 10**9
+CONTROL = Path("/sys/fs/cgroup")
 
 
 def write_model(folder: Path, layers: int) -> int:
@@ -86,9 +89,24 @@ def write_model(folder: Path, layers: int) -> int:
     return total
 
 
+@contextmanager
+def bounded(size: int) -> Iterator[Path]:
+    """A control group with so many bytes of memory, of version 2 or 1; what a process writes its id to to join it."""
+    new = (CONTROL / "cgroup.controllers").exists()
+    group = (CONTROL if new else CONTROL / "memory") / f"masquant-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.max" if new else "memory.limit_in_bytes")).write_text(str(size))
+    except OSError as error:
+        raise SystemExit(f"cannot bound memory: {error}; run as root on Linux with control groups") from error
+    try:
+        yield group / "cgroup.procs"
+    finally:
+        group.rmdir()
+
+
 def quantize(model: Path, output: Path, arguments: argparse.Namespace) -> tuple[int, list[tuple[float, int]]]:
     """Run the command under its limit; its exit status, and seconds with resident bytes."""
-    limit = int(arguments.memory * 2**30)
     command = [
         sys.executable, "-m", "masquant.cli", "quantize", str(model), "-o", str(output), "--overwrite",
         "--calibration", str(demo_directory() / "data/calibration"), "--limit", str(arguments.samples),
@@ -96,15 +114,13 @@ def quantize(model: Path, output: Path, arguments: argparse.Namespace) -> tuple[
         str(arguments.memory), "--batch-size", "4",
     ]  # fmt: skip
     start, curve = time.monotonic(), []
-    child = subprocess.Popen(command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
-    process = psutil.Process(child.pid)
-    while child.poll() is None:
-        try:
+    with bounded(int(arguments.memory * 2**30)) as members:
+        child = subprocess.Popen(command, preexec_fn=lambda: members.write_text(str(os.getpid())) and None)
+        process = psutil.Process(child.pid)
+        while child.poll() is None:
             curve.append((time.monotonic() - start, int(process.memory_info().rss)))
-        except psutil.NoSuchProcess:
-            break
-        time.sleep(1)
-    return child.wait(), curve
+            time.sleep(1)
+    return child.returncode, curve
 
 
 def drawn(curve: list[tuple[float, int]], width: int = 72) -> str:
@@ -121,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the model (kept) and the result (removed) go")
     parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--memory", type=float, default=12, help="GiB of address space")
+    parser.add_argument("--memory", type=float, default=12, help="GiB that the process may take")
     parser.add_argument("--method", default="masquant")
     parser.add_argument("--preset", default="fast")
     parser.add_argument("--samples", type=int, default=12)

@@ -7,7 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,35 +19,55 @@ from tiny_models import tiny_model, tiny_processor, tiny_samples
 import masquant
 from masquant import distributed
 from masquant.api import quantize_folder
-from masquant.recipe import Recipe
+from masquant.distributed import join
+from masquant.progress import NoProgress
+from masquant.recipe import LearnedArgs, Recipe, RefinementArgs, SmoothingArgs
 
 FAMILY = "qwen2_5_omni"
 
-_PROCESS = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-import masquant
-from masquant.api import quantize_folder
-from masquant.distributed import join, world_size
-from masquant.recipe import LearnedArgs, Recipe, SmoothingArgs
+RECIPES = {
+    "masquant": Recipe.preset("masquant", "W4A8", 32),
+    "learned": Recipe.preset(
+        "rtn", "W4A8", 32, smoothing=SmoothingArgs("modality", learned=LearnedArgs(steps=12, batches_per_step=2))
+    ),
+    "refined": Recipe.preset("gptq", "W4A8", 32, refinement=RefinementArgs(steps=6)),
+}
 
-join()
-assert world_size() == 2
-folder = Path(sys.argv[1])
-samples = masquant.load_samples(folder / "data")
-recipe = Recipe.preset("masquant", "W4A8", 32)
-quantize_folder(folder / "model", folder / "two", samples, recipe, batch_size=2)
-learned = Recipe.preset("rtn", "W4A8", 32, smoothing=SmoothingArgs("modality", learned=LearnedArgs()))
-for samples, recipe, message in ((samples, learned, "run in one process"), (samples[:2], recipe, "too few for 2")):
-    try:
-        quantize_folder(folder / "model", folder / "never", samples, recipe, batch_size=2, overwrite=True)
-    except masquant.MasquantError as error:
-        assert message in str(error), error
-    else:
-        raise SystemExit("not refused")
-"""
+
+class StopsAt(NoProgress):
+    """Interrupts before a block."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+
+    def track(self, items: Iterable[Any], what: str, total: int, unit: str) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if what == "quantizing" and number == self.block:
+                raise KeyboardInterrupt
+            yield item
+
+
+def share(folder: Path) -> None:
+    """What each of two processes does."""
+    torch.set_num_threads(1)
+    join()
+    assert distributed.world_size() == 2
+    samples = masquant.load_samples(folder / "data")
+    for name, recipe in RECIPES.items():
+        quantize_folder(folder / "model", folder / f"two-{name}", samples, recipe, batch_size=2)
+    with pytest.raises(masquant.MasquantError, match="too few for 2"):
+        quantize_folder(folder / "model", folder / "never", samples[:2], recipe, batch_size=2)
+    arguments: Any = (folder / "model", folder / "two-resumed", samples, RECIPES["masquant"])
+    with pytest.raises(KeyboardInterrupt):
+        quantize_folder(*arguments, batch_size=2, progress=StopsAt(1))
+    quantize_folder(*arguments, batch_size=2, resume=True)
+
+
+def same_tensors(found: Path, wanted: Path, *, rtol: float, atol: float) -> None:
+    two, one = (load_file(folder / "model.safetensors") for folder in (found, wanted))
+    assert set(two) == set(one)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=rtol, atol=atol)
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
@@ -58,11 +80,13 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    program = "import sys, test_distributed, pathlib; test_distributed.share(pathlib.Path(sys.argv[1]))"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, str(tmp_path)],
-            env={**os.environ, **common, "RANK": str(number), "LOCAL_RANK": str(number)},
+            [sys.executable, "-c", program, str(tmp_path)],
+            env={**os.environ, **common, "PYTHONPATH": paths, "RANK": str(number), "LOCAL_RANK": str(number)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -71,21 +95,23 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     said = [process.communicate(timeout=500)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     samples = masquant.load_samples(tmp_path / "data")
-    report = quantize_folder(model, tmp_path / "one", samples, Recipe.preset("masquant", "W4A8", 32), batch_size=2)
-    found = json.loads((tmp_path / "two" / "report.json").read_text())
-    assert found["calibration"] == report.to_dict()["calibration"]
-    for theirs, ours in zip(found["blocks"], report.blocks, strict=True):
-        assert theirs["error"] == pytest.approx(ours["error"], rel=1e-5)
-        for their, our in zip(theirs["groups"], ours["groups"], strict=True):
-            assert their["choice"] == our["choice"]
-            assert their["plain_errors"] == pytest.approx(our["plain_errors"], rel=1e-4)
-            for state in ("before", "after"):
-                for name, channels in our["ranges"][state]["channels"].items():
-                    assert their["ranges"][state]["channels"][name] == pytest.approx(channels, rel=1e-4)
-    two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
-    assert set(two) == set(one)
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-7)
+    for name, recipe in RECIPES.items():
+        report = quantize_folder(model, tmp_path / name, samples, recipe, batch_size=2)
+        found = json.loads((tmp_path / f"two-{name}" / "report.json").read_text())
+        assert found["calibration"] == report.to_dict()["calibration"]
+        for theirs, ours in zip(found["blocks"], report.blocks, strict=True):
+            assert theirs["error"] == pytest.approx(ours["error"], rel=1e-5)
+            if name == "learned":
+                assert theirs["learned"] == pytest.approx(ours["learned"], rel=1e-5)
+                assert ours["learned"]["after"] < ours["learned"]["before"]
+            for their, our in zip(theirs["groups"], ours["groups"], strict=True):
+                assert their["choice"] == our["choice"]
+                assert their["plain_errors"] == pytest.approx(our["plain_errors"], rel=1e-4)
+                for state in ("before", "after"):
+                    for modality, channels in our["ranges"][state]["channels"].items():
+                        assert their["ranges"][state]["channels"][modality] == pytest.approx(channels, rel=1e-4)
+        same_tensors(tmp_path / f"two-{name}", tmp_path / name, rtol=1e-5, atol=1e-7)
+    same_tensors(tmp_path / "two-resumed", tmp_path / "two-masquant", rtol=0, atol=0)
 
 
 def test_shares_are_contiguous_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ problems and gets the same solutions, so that no weights travel.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -55,6 +57,11 @@ def max_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def from_first(value: T) -> T:
+    """The first process's value."""
+    return gather(value)[0]
+
+
 def gather(value: T) -> list[T]:
     """All processes' values, in the order of their numbers."""
     if world_size() == 1:
@@ -62,3 +69,39 @@ def gather(value: T) -> list[T]:
     values: list[T | None] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class SharedBatches:
+    """Batches of all processes as one list: numbers `first`.. of `total` are this process's."""
+
+    first: int
+    own: int
+    total: int
+
+    @classmethod
+    def of(cls, own: int) -> SharedBatches:
+        """With so many here; every process calls it."""
+        counts = gather(own)
+        return cls(sum(counts[: rank()]), own, sum(counts))
+
+    def mean(self, loss: Callable[[int], Tensor]) -> float:
+        """Mean of a loss, given by position among the own batches, over all batches; the same in every process."""
+        with torch.no_grad():
+            total = torch.tensor([sum(float(loss(i)) for i in range(self.own))], dtype=torch.float64)
+        return float(sum_over_processes(total)) / self.total
+
+    def gradients(
+        self, numbers: Sequence[int], loss: Callable[[int], Tensor], parameters: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Gradients of the mean loss over some batches, given by their numbers in the whole list; each process
+        differentiates its own."""
+        found = [torch.zeros_like(p) for p in parameters]
+        for number in numbers:
+            if 0 <= number - self.first < self.own:
+                with torch.enable_grad():
+                    value = loss(number - self.first)
+                for total, part in zip(found, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
+                    if part is not None:
+                        total += part
+        return [sum_over_processes(total) / len(numbers) for total in found]

@@ -176,12 +176,6 @@ def quantize_blocks(
         What was done, and the modality state that the quantized linears share.
     """
     start = time.monotonic()
-    if world_size() > 1 and (recipe.smoothing.learned or recipe.refinement):
-        raise RecipeError(
-            f"learned smoothing and refinement run in one process, not in {world_size()}; leave them out of the recipe"
-        )
-    if world_size() > 1 and any(gather(store is not None and store.resumed)):
-        raise RecipeError("a run of several processes cannot be resumed; resume it in one, or start anew")
     model = blocks.model.eval()
     plan = make_plan(model, recipe)
     recipe, left_out = without_inexact(recipe, plan.family)

@@ -116,12 +116,13 @@ class LearnedArgs:
     """Smoothing learned by gradient on each block's output.
 
     Attributes:
-        steps: optimiser steps per block, one batch each.
+        steps: optimiser steps per block.
         learning_rate: of theta = log(smooth_scale).
         loss: "mae" (paper) or "mse".
         normalizer: `modality_mean` averages over each modality's tokens, `token_mean` over all tokens.
         target: the float block on the quantized chain's inputs, or on the float chain's (paper).
         patience: evaluations without a better loss until it stops.
+        batches_per_step: whose losses one step lowers; of several processes no more than these work at once.
     """
 
     steps: int = 128
@@ -130,9 +131,11 @@ class LearnedArgs:
     normalizer: Literal["token_mean", "modality_mean"] = "modality_mean"
     target: Literal["quantized_chain", "float_chain"] = "quantized_chain"
     patience: int = 3
+    batches_per_step: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.steps > 0 and self.patience > 0, "learned.steps and learned.patience must be positive")
+        for name in ("steps", "batches_per_step", "patience"):
+            _require(getattr(self, name) > 0, f"learned.{name} must be positive, got {getattr(self, name)}")
         _require(0 < self.learning_rate < 1, f"learned.learning_rate must be in (0, 1), got {self.learning_rate}")
 
 

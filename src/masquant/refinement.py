@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .compensation import ALL_TOKENS
+from .distributed import SharedBatches
 from .modality import Modality
 from .models import linear_of, token_rows
 from .plan import GroupPlan
@@ -146,6 +147,7 @@ def refine_block(
             trials[plan.name] = _TrialLinear(trial, rows, bias, activation_bits, modalities, ids)
     fitting = [i for i, (_, fit, _) in enumerate(batches) if bool(fit.any())]
     deciding = [i for i, (_, _, decide) in enumerate(batches) if bool(decide.any())]
+    shared_fitting, shared_deciding = SharedBatches.of(len(fitting)), SharedBatches.of(len(deciding))
 
     def loss_of(i: int, *, decide: bool) -> Tensor:
         ids, fit_mask, decide_mask = batches[i]
@@ -154,8 +156,7 @@ def refine_block(
         return modality_loss(error, ids, decide_mask if decide else fit_mask, weights, _LOSS)
 
     def judge() -> float:
-        with torch.no_grad():
-            return sum(float(loss_of(i, decide=True)) for i in deciding) / len(deciding)
+        return shared_deciding.mean(lambda i: loss_of(deciding[i], decide=True))
 
     def state() -> list[Tensor]:
         return [t.detach().clone() for g in variables.values() for t in (g.offset, g.log_scale)]
@@ -167,9 +168,10 @@ def refine_block(
         kept = state()
         order: list[int] = []
         for step in range(args.steps):
-            order = order or [fitting[i] for i in torch.randperm(len(fitting), generator=generator).tolist()]
-            with torch.enable_grad():
-                gradients = torch.autograd.grad(loss_of(order.pop(), decide=False), parameters)
+            order = order or torch.randperm(shared_fitting.total, generator=generator).tolist()
+            gradients = shared_fitting.gradients(
+                [order.pop()], lambda i: loss_of(fitting[i], decide=False), parameters
+            )
             rate = args.learning_rate * (1 - step / args.steps)
             for position, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
                 is_scale = position % 2 == 1

@@ -23,7 +23,7 @@ from .calibration.gradients import TokenGradients
 from .calibration.statistics import GroupStatistics, InputRanges, collect_statistics, moment_bytes
 from .checkpoint.format import Site, parse_site
 from .checkpoint.store import BlockStore
-from .distributed import sum_over_processes
+from .distributed import from_first, sum_over_processes
 from .errors import ModelError
 from .modality import Modality, ModalityState
 from .models import core_of, decoder_of, experts_in, linear_of, token_rows
@@ -109,7 +109,7 @@ class Run:
         start = time.monotonic()
         block = self.prepare(index)
         groups = self.plan.blocks[index]
-        finished = store.load(index) if store else None
+        finished = from_first(store.load(index) if store else None)
         if finished:
             self.advance_float(block, index)
             record = self.restore(block, index, groups, *finished)

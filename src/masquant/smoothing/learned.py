@@ -7,7 +7,7 @@ theta = log(smooth_scale) in float32, one vector per linear group and modality, 
 too coarse to move (the paper's code learns the scales themselves in bfloat16). In the trial forward every modality has
 its own weight Q(W diag(s_m)), as in the paper; rounding passes gradients straight through, its scales are
 differentiated. AdamW without decay; the best state seen on all batches is kept, and dropped if it is not better than
-where it began.
+where it began. Several processes take the steps that one would take, each with its own batches' part of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..distributed import SharedBatches
 from ..quantization import qmax
 from ..recipe import LearnedArgs
 
@@ -150,6 +151,7 @@ def learn_vectors(
     """
     theta = {name: nn.Parameter(vector.float().log()) for name, vector in initial.items()}
     current = [batches[0][0]]
+    shared = SharedBatches.of(len(batches))
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of(i: int) -> Tensor:
@@ -157,27 +159,23 @@ def learn_vectors(
         output = run(i)
         return modality_loss(output - targets[i].to(output.device), *batches[i], weights, args)
 
-    def evaluate() -> float:
-        with torch.no_grad():
-            return sum(float(loss_of(i)) for i in range(len(batches))) / len(batches)
-
-    modules = trials(theta, lambda: current[0])
-    with swapped(block, modules):
-        first = best = evaluate()
+    parameters = list(theta.values())
+    with swapped(block, trials(theta, lambda: current[0])):
+        first = best = shared.mean(loss_of)
         best_theta = {name: value.detach().clone() for name, value in theta.items()}
-        optimizer = torch.optim.AdamW(list(theta.values()), lr=args.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
         step, since_best = 0, 0
         while step < args.steps and since_best < args.patience:
-            for i in torch.randperm(len(batches), generator=generator).tolist():
-                with torch.enable_grad():
-                    loss = loss_of(i)
-                optimizer.zero_grad()
-                loss.backward()
+            order = torch.randperm(shared.total, generator=generator).tolist()
+            for start in range(0, min(len(order), (args.steps - step) * args.batches_per_step), args.batches_per_step):
+                numbers = order[start : start + args.batches_per_step]
+                for parameter, gradient in zip(
+                    parameters, shared.gradients(numbers, loss_of, parameters), strict=True
+                ):
+                    parameter.grad = gradient
                 optimizer.step()
                 step += 1
-                if step >= args.steps:
-                    break
-            value = evaluate()
+            value = shared.mean(loss_of)
             since_best += 1
             if value < best:
                 best, since_best = value, 0
