@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 SCALE_DTYPE = torch.bfloat16
+_SEARCHED_AT_ONCE = 2**18  # weights, which a processor's own cache holds
 
 
 def qmax(num_bits: int) -> int:
@@ -70,8 +71,26 @@ def search_scale(
         row_fold: see `round_scale`.
         full_range: use the grid's one integer more, with scales of either sign.
     """
+    rows = max(_SEARCHED_AT_ONCE // weight.shape[1], 1)
+    bands = weight.split(rows)
+    folds = [None] * len(bands) if row_fold is None else row_fold.split(rows)
+    found = [
+        _search_scale(band.float(), num_bits, group_size, importance, fold, full_range)
+        for band, fold in zip(bands, folds, strict=True)
+    ]
+    return torch.cat(found)
+
+
+def _search_scale(
+    weight: Tensor,
+    num_bits: int,
+    group_size: int | None,
+    importance: Tensor,
+    row_fold: Tensor | None,
+    full_range: bool,
+) -> Tensor:
     low, high = limits(num_bits, full_range)
-    w = grouped(weight.float(), group_size)
+    w = grouped(weight, group_size)
     c = grouped(importance.float()[None], group_size)
     absmax = 2 * w.abs().amax(-1) / (high - low)
     best = round_scale(absmax, row_fold)
