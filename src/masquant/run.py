@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import resource
 import time
@@ -126,11 +127,14 @@ class Run:
                 kept = {"sites": _site_dicts(self.sites, index), "notes": self.notes[noted:]}
                 store.save(index, tensors, {**record, **kept})
         self.blocks.finish(block)
+        del block
+        gc.collect()  # hooks and closures refer to a block in circles: it would stay beside the next ones
         return record
 
     def rehearse(self, index: int) -> dict[str, float]:
         """Quantize a copy of a block and advance the hidden states through it; its error per modality."""
         error: dict[str, float] = self.solve(self.prepare(index, copy=True), index, self.plan.blocks[index])["error"]
+        gc.collect()
         return error
 
     def prepare(self, index: int, *, copy: bool = False) -> nn.Module:

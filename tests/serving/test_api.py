@@ -214,7 +214,7 @@ def test_request_size() -> None:
             headers = {"Transfer-Encoding": "chunked", "Content-Type": "application/json"}
             connection.request("POST", "/v1/chat/completions", pieces, headers, encode_chunked=True)
             assert connection.getresponse().status == 413
-        assert server.metric("masquant_requests_total", status="413") == 2
+        wait_for(lambda: server.metric("masquant_requests_total", status="413") == 2)
         wait_for(lambda: server.metric("masquant_requests_admitted") == 0)
 
 
