@@ -52,6 +52,7 @@ from masquant.recipe import (
     SmoothingArgs,
 )
 
+SEEDS = 5
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -81,9 +82,9 @@ class Row:
     seed: int = 0
 
 
-def seeded(method: str, samples: int, seed: int) -> Row:
-    """A preset calibrated on a choice of the pool's samples, its rotations and gradients drawn by the same seed."""
-    recipe = preset(method, seed=seed)
+def seeded(recipe: Recipe, samples: int, seed: int) -> Row:
+    """A recipe calibrated on a choice of the pool's samples, its rotations and gradients drawn by the same seed."""
+    recipe = replace(recipe, seed=seed)
     if recipe.rotation is not None:
         recipe = replace(recipe, rotation=replace(recipe.rotation, seed=seed))
     return Row(recipe, samples, seed)
@@ -184,6 +185,21 @@ def tables() -> dict[str, tuple[str, dict[str, Row]]]:
                 }
             ),
         ),
+        "seeds": (
+            "Several choices of 96 calibration samples, groups of 64",
+            {
+                f"{name}, seed {seed}": seeded(recipe, 96, seed)
+                for name, recipe in {
+                    "gptq W4A8": preset("gptq"),
+                    "quarot W4A8": preset("quarot"),
+                    "masquant fast W4A8": preset("masquant").fast(),
+                    "masquant W4A8": preset("masquant"),
+                    "quarot W4A6": preset("quarot", "W4A6"),
+                    "masquant W4A6": preset("masquant", "W4A6"),
+                }.items()
+                for seed in range(SEEDS)
+            },
+        ),
         "refined": (
             "Refined by gradient block by block, W4A8, groups of 64",
             plain_rows({"masquant, refined": preset("masquant", refinement=RefinementArgs())}),
@@ -191,7 +207,7 @@ def tables() -> dict[str, tuple[str, dict[str, Row]]]:
         "robustness": (
             "Fewer and other calibration samples, W4A8, groups of 64",
             {
-                f"{method}, {size or 'all'} samples, seed {seed}": seeded(method, size, seed)
+                f"{method}, {size or 'all'} samples, seed {seed}": seeded(preset(method), size, seed)
                 for method, sizes in {"masquant": (16, 64, 0), "gptq": (16,), "quarot": (16,)}.items()
                 for size in sizes
                 for seed in range(3 if method == "masquant" else 1)
@@ -249,6 +265,36 @@ def spread(found: Sequence[tuple[str, Mapping[str, Any]]], tasks: Sequence[str])
     return [*text, ""]
 
 
+def over_seeds(
+    rows: Mapping[str, Mapping[str, Any]], name: str, others: Sequence[str], tasks: Sequence[str]
+) -> list[str]:
+    """A table of one recipe minus others, seed by seed: mean and standard error over the seeds that all have."""
+    seeds = [s for s in range(SEEDS) if all(f"{n}, seed {s}" in rows for n in (name, *others))]
+    if len(seeds) < 2:
+        return []
+    text = [
+        f"{name} minus others, seed by seed, with the standard error over {len(seeds)} seeds; `ratio` is of the sums "
+        "of the seeds' means, loss and KL:",
+        "",
+        f"| | {' | '.join(tasks)} | sum | KL | ratio |",
+        "|---" * (len(tasks) + 4) + "|",
+    ]
+
+    def values(row: Mapping[str, Any]) -> list[float]:
+        return [*(row["tasks"][task]["delta_nll"] for task in tasks), *sums(row, tasks)]
+
+    for other in others:
+        ours, theirs = ([values(rows[f"{n}, seed {s}"]) for s in seeds] for n in (name, other))
+        cells = []
+        for a, b in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
+            difference = [x - y for x, y in zip(a, b, strict=True)]
+            error = statistics.stdev(difference) / math.sqrt(len(seeds))
+            cells.append(f"{statistics.mean(difference):+.3f} ±{error:.3f}")
+        ratios = [sum(row[i] for row in ours) / sum(row[i] for row in theirs) for i in (-2, -1)]
+        text.append(f"| {other} | {' | '.join(cells)} | {', '.join(f'{r:.0%}' for r in ratios)} |")
+    return [*text, ""]
+
+
 def machines(found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Where a table's rows ran."""
     names: dict[str, list[str]] = {}
@@ -303,6 +349,11 @@ def markdown(record: Mapping[str, Any]) -> str:
             text += [f"| | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
             text += [f"| {n} | {' | '.join(paired(found[-1][1], row, record['tasks']))} |" for n, row in found[:-1]]
             text.append("")
+        if key == "seeds":
+            text += ["Samples, rotations and gradients are drawn by the seed, alike for all methods.", ""]
+            text += spread(found, tasks)
+            text += over_seeds(dict(found), "masquant W4A8", ("gptq W4A8", "quarot W4A8", "masquant fast W4A8"), tasks)
+            text += over_seeds(dict(found), "masquant W4A6", ("quarot W4A6",), tasks)
         if key == "robustness":
             text += [f"Samples are chosen from {record['pool']}, evenly over the tasks, by the seed, which also draws "
                      "rotations and gradients.", ""]  # fmt: skip

@@ -94,3 +94,17 @@ def test_paired_differences(benchmark: ModuleType) -> None:
     other = {"losses": {"a": [1.0, 0.0, 2], "b": [1.0, 0.0, 2]}}
     # differences 1 and 5 over 4 tokens: 1.5 a token; residuals 1 - 3 and 5 - 3: sqrt(8) / 4
     assert benchmark.paired(row, other, {"t": ["a", "b"]}) == ["+1.500 ±0.707"]
+
+
+def test_recipes_are_compared_over_seeds(benchmark: ModuleType) -> None:
+    def row(delta: float, kl: float) -> dict[str, object]:
+        return {"tasks": {"speech": {"delta_nll": delta, "kl": kl}}}
+
+    rows = {
+        "a, seed 0": row(0.1, 0.2), "a, seed 1": row(0.3, 0.2), "a, seed 2": row(9.0, 9.0),
+        "b, seed 0": row(0.2, 0.4), "b, seed 1": row(0.6, 0.4),
+    }  # fmt: skip
+    page = benchmark.over_seeds(rows, "a", ("b",), ["speech"])
+    assert "over 2 seeds" in page[0]  # b has no third
+    assert page[-2] == "| b | -0.200 ±0.100 | -0.200 ±0.100 | -0.200 ±0.000 | 50%, 50% |"
+    assert benchmark.over_seeds({"a, seed 0": row(0.1, 0.2)}, "a", ("b",), ["speech"]) == []
