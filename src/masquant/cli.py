@@ -37,6 +37,13 @@ class Effort(str, Enum):
     REFINED = "refined"
 
 
+class CacheName(str, Enum):
+    """Kinds of KV cache, for the help text."""
+
+    FLOAT = "float"
+    INT8 = "int8"
+
+
 class SchemeName(str, Enum):
     """Schemes, for the help text."""
 
@@ -71,6 +78,13 @@ JsonFileOption = Annotated[Path | None, typer.Option("--json", help="Also write 
 ReportOption = Annotated[Path | None, typer.Option("--report", help="Also write a page to this .html file.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+CacheOption = Annotated[
+    CacheName,
+    typer.Option(
+        help="Keys and values of past tokens: as the model has them, or in 8 bits. int8 decodes by transformers' "
+        "generate, not in masquant's kernels."
+    ),
+]
 EncodersOption = Annotated[
     bool,
     typer.Option("--quantize-encoders", help="Give the linears of encoders 8-bit rows: vision W8A8, audio W8A16."),
@@ -398,6 +412,7 @@ def evaluate(
     limit: LimitOption = None,
     batch_size: BatchOption = 16,
     generate: Annotated[bool, typer.Option(help="Decode answers for error rates and exact match.")] = True,
+    kv_cache: CacheOption = CacheName.FLOAT,
     quiet: QuietOption = False,
 ) -> None:
     """Measure what is left per task: likelihood, perplexity, error rates, exact match; against a baseline, the loss.
@@ -417,6 +432,7 @@ def evaluate(
     loaded = load_any(model)
     float_model = load_any(baseline) if baseline else None
     parameters = (float_model or loaded).num_parameters()
+    scheme = scheme_of(loaded) + (", int8 KV cache" if kv_cache is CacheName.INT8 else "")
     result = run(
         loaded,
         load_processor(model),
@@ -426,11 +442,12 @@ def evaluate(
         batch_size=batch_size,
         generate=generate,
         progress=_progress(quiet),
-        description=describe(loaded, model, scheme_of(loaded), parameters),
+        description=describe(loaded, model, scheme, parameters),
+        kv_cache=kv_cache.value,
     )
     if json_file:
         write_json(json_file, result.to_dict(samples=True))
-    Console().print(evaluation_table({scheme_of(loaded): result}))
+    Console().print(evaluation_table({scheme: result}))
 
 
 @app.command()
@@ -542,6 +559,7 @@ def chat(
     temperature: Annotated[
         float | None, typer.Option(help="0: the likeliest tokens.", min=0, max=2, show_default="the model's own")
     ] = None,
+    kv_cache: CacheOption = CacheName.FLOAT,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="With --prompt: print JSON.")] = False,
@@ -559,7 +577,8 @@ def chat(
     if as_json and prompt is None:
         raise typer.BadParameter("--json needs --prompt")
     attached = [attachment("image", str(f)) for f in image or ()] + [attachment("audio", str(f)) for f in audio or ()]
-    responder = Responder(load_any(model, dtype=dtype).to(_device(device)), load_processor(model))
+    loaded = load_any(model, dtype=dtype).to(_device(device))
+    responder = Responder(loaded, load_processor(model), kv_cache=kv_cache.value)
     console = Console(quiet=as_json, force_terminal=False if prompt is not None else None)
     conversation = Chat(
         responder, console, system=system, sampling=Sampling(max_new_tokens, temperature), attached=attached
