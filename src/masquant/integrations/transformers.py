@@ -170,10 +170,8 @@ def _mark_initialized(model: nn.Module, encoders: Sequence[OuterPlan]) -> None:
     some encoders' classes do so after loading wherever a module is not said to be initialized."""
     for parent in {plan.path.rpartition(".")[0] for plan in encoders}:
         module: Any = model.get_submodule(parent)
-        if not [
-            *module.parameters(recurse=False),
-            *module.buffers(recurse=False),
-        ]:  # of its own it has nothing to fill
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if not own:  # nothing else in it waits for a value
             module._is_hf_initialized = True
 
 
