@@ -53,7 +53,7 @@ def checkpoint_memory(path: str | Path) -> dict[str, Any]:
     for name, (shape, dtype) in read_headers(sorted(Path(path).glob("*.safetensors"))).items():
         local = name.rpartition("layers.")[2]
         module = local.partition(".compensation.")[0] if ".compensation." in local else local.rpartition(".")[0]
-        is_own = name.endswith(own) or ".compensation." in name or (name.endswith(".bias") and module in quantized)
+        is_own = module in quantized and (name.endswith((*own, ".bias")) or ".compensation." in name)
         if is_own and dtype is not None and family.encoder_of(name) is None:
             on_disk += math.prod(shape) * dtype.itemsize
     return {
