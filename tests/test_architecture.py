@@ -15,7 +15,7 @@ LAYERS = (
     {"recipe"},
     {"rotation_learning"},
     {"models", "quantization"},
-    {"blocks"},
+    {"blocks", "cache"},
     {"compensation", "smoothing", "plan", "calibration"},
     {"runtime"},
     {"checkpoint", "solver", "allocation"},

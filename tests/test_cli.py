@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 from tiny_models import tiny_model, tiny_processor, tiny_samples
+from typer.testing import CliRunner
+
+from masquant.cli import app
 
 FAMILY = "qwen2_5_omni"
 
@@ -94,6 +97,39 @@ def test_dry_run_writes_nothing(world: Path) -> None:
     assert "self_attn.v_proj" in done.stdout and "lm_head: outside of the blocks" in done.stdout
     assert "will take about" in done.stdout and "of memory; tried on" in done.stdout
     assert "group size 64 where 128 does not divide 64" in done.stdout
+
+
+def test_encoders_are_quantized_where_asked(world: Path) -> None:
+    """By flag in every command that quantizes, and what each says of it."""
+    runner = CliRunner()
+
+    def run(*words: str) -> str:
+        paths = [str(world / word) if word in ("model", "data", "encoders") else word for word in words]
+        done = runner.invoke(app, paths)
+        assert not done.exception, done.output
+        return str(done.stdout)
+
+    plan = json.loads(run("inspect", "model", "--quantize-encoders", "--json"))
+    assert plan["encoders"] == {"vision": "W8A8", "audio": "W8A16"}
+    assert "visual" not in plan["not_quantized"] and plan["not_quantized"]["convolutions"] == "no linear"
+    plain = json.loads(run("inspect", "model", "--json"))
+    assert plain["encoders"] == {} and plain["not_quantized"]["visual"] == "an encoder"
+    assert plain["bytes"]["kept"] == plan["bytes"]["kept"] + plan["bytes"]["encoders_before"]
+    common = ("--quantize-encoders", "--group-size", "32", "--calibration", "data", "-q")
+    dry = run("quantize", "model", "-o", "encoders", "--method", "rtn", "--dry-run", *common)
+    assert "vision encoder: linears in W8A8" in dry and "encoders' linears" in dry and "will take about" in dry
+    run("quantize", "model", "-o", "encoders", "--method", "rtn", *common)
+    assert "encoders:\n  vision: W8A8\n  audio: W8A16\n" in (world / "encoders" / "recipe.yaml").read_text()
+    count = json.loads(run("check", "encoders", "--json"))["encoder_linears"]
+    assert f"quantized linears and {count} in encoders" in run("check", "encoders")
+    found = json.loads(run("inspect", "encoders", "--json"))
+    assert found["encoders"] > 0 and found["packed_in_memory"] <= 1.05 * found["packed_on_disk"]
+    assert "8-bit linears of encoders" in run("inspect", "encoders")
+    file = str(world / "encoders.json")
+    run("compare", "model", "--methods", "rtn", *common, "--data", "data", "--no-generate", "--json", file)
+    bytes_of = json.loads(Path(file).read_text())["methods"]["rtn"]["bytes"]
+    resident = found["float"] + found["lm_head"] + found["encoders"]
+    assert bytes_of["float"] == pytest.approx(resident, rel=0.02)
 
 
 def test_evaluate(world: Path, out: Path) -> None:

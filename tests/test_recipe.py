@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from masquant.errors import RecipeError
+from masquant.modality import Modality
 from masquant.recipe import (
     PRESETS,
     SCHEMES,
@@ -35,6 +36,16 @@ def test_a_file_can_start_from_a_preset() -> None:
     assert recipe.scheme.weights.group_size == 32
     assert recipe.compensation == CompensationArgs(rank=4, factors="auto")
     assert recipe.selection == Recipe.preset("masquant").selection
+
+
+def test_encoders_round_trip(tmp_path: Path) -> None:
+    recipe = Recipe.from_dict({"preset": "rtn", "encoders": {"vision": "W8A8", "audio": "W8A16"}})
+    assert recipe.encoders == {Modality.VISION: "W8A8", Modality.AUDIO: "W8A16"}
+    assert Recipe.preset("rtn").encoders == {}
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
+    with pytest.raises(RecipeError, match="encoders.audio must be W8A8 or W8A16, got 'W4A16'"):
+        Recipe.preset("rtn", encoders={Modality.AUDIO: "W4A16"})
 
 
 def test_default_groups() -> None:
@@ -71,6 +82,10 @@ def test_default_groups() -> None:
         ({"modality_weights": {"text": 0, "vision": 1, "audio": 1}}, "must be positive"),
         ({"ignore": ["re:("]}, "is no regular expression"),
         ({"seed": True}, "recipe.seed must be int"),
+        ({"encoders": {"smell": "W8A8"}}, "recipe.encoders: unknown modality 'smell'"),
+        ({"encoders": {"text": "W8A8"}}, "encoders.text: text has no encoder"),
+        ({"encoders": {"vision": "W4A8"}}, "recipe.encoders.vision must be one of 'W8A8', 'W8A16', got 'W4A8'"),
+        ({"encoders": ["vision"]}, "recipe.encoders must be a mapping"),
         ({"preset": "best"}, "unknown method 'best'"),
         ({"smoothing": {"mode": "shared", "learned": {}}}, "learned needs smoothing.mode 'modality'"),
     ],

@@ -5,6 +5,7 @@ Importing it registers the quantization method "masquant" with transformers.
 """
 
 from .api import check, load, routed, save
+from .cache import Int8Cache
 from .calibration.dataset import Sample, load_samples
 from .errors import CheckpointError, DataError, KernelError, MasquantError, ModelError, RecipeError
 from .generation import stream
@@ -19,6 +20,7 @@ register()
 __all__ = [
     "CheckpointError",
     "DataError",
+    "Int8Cache",
     "KernelError",
     "MasquantError",
     "Modality",

@@ -29,10 +29,11 @@ from .integrations.loading import file_digests, first_line, load_any, load_strea
 from .integrations.transformers import (
     adopt,
     build_quantized_shell,
+    encoder_modules,
     quantized_linears,
     read_headers,
     state_of,
-    verify_tensors,
+    verify_checkpoint,
 )
 from .modality import override_ids
 from .models import decoder_blocks
@@ -42,6 +43,7 @@ from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
 from .runtime import MasquantLinear
 from .runtime.head import MasquantHead
+from .runtime.outer import OuterLinear
 
 # Files of a model directory that are weights or are written anew; all others are copied along.
 _NOT_COPIED = (".safetensors", ".bin", ".pth", ".gguf", ".index.json")
@@ -336,7 +338,7 @@ def check(path: str | Path) -> dict[str, Any]:
     headers = read_headers(files)
     shell = meta_model(folder)
     blocks = build_quantized_shell(shell, checkpoint, torch.bfloat16)
-    verify_tensors(headers, expected_tensors(blocks, checkpoint))
+    verify_checkpoint(headers, shell, expected_tensors(blocks, checkpoint))
     model = load(folder)
     left = [
         f"layers.{i}.{name}"
@@ -344,12 +346,16 @@ def check(path: str | Path) -> dict[str, Any]:
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear) and any(name == p.name for g in groups for p in g.linears)
     ]
+    left += [
+        path for path, module in encoder_modules(shell).items() if type(model.get_submodule(path)) is not type(module)
+    ]
     if left:
         raise CheckpointError(f"{left[0]} is in floating point, though the configuration does not ignore it")
     verify_checksums(folder)
     return {
         "scheme": checkpoint.scheme,
         "quantized_linears": len(quantized_linears(model)),
+        "encoder_linears": len(encoder_modules(model)),
         "modalities": [m.value for m in checkpoint.modalities],
         **resident_bytes(model),
     }
@@ -357,22 +363,24 @@ def check(path: str | Path) -> dict[str, Any]:
 
 def resident_bytes(model: PreTrainedModel) -> dict[str, int]:
     """Bytes in memory: of the quantized linears' packed weights (with scales and bias), of their vectors and patches,
-    of 8-bit embeddings and head, and of everything else."""
-    sizes = dict.fromkeys(("packed", "smooth_scale", "compensation", "lm_head"), 0)
+    of 8-bit embeddings and head, of encoders' 8-bit linears, and of everything else."""
+    sizes = dict.fromkeys(("packed", "smooth_scale", "compensation", "lm_head", "encoders"), 0)
     hidden: dict[int, int] = {}  # what the kernels hold is in no buffer
     for module in model.modules():
         if not isinstance(module, MasquantLinear):
             continue
-        head = isinstance(module, MasquantHead)
+        outer = (
+            "lm_head" if isinstance(module, MasquantHead) else "encoders" if isinstance(module, OuterLinear) else ""
+        )
         for name, tensor in module.named_buffers():
             size = tensor.numel() * tensor.element_size()
             kind = name if name == "smooth_scale" else "compensation" if name.startswith("compensation") else "packed"
-            sizes["lm_head" if head else kind] += size
+            sizes[outer or kind] += size
         packed = module.group.packed
         if packed is not None and module.is_leader:
             patches = sum(patch.nbytes for patch in packed.patches.values())
             hidden[id(packed)] = packed.weight_bytes + patches
-            sizes["lm_head" if head else "packed"] += packed.weight_bytes
+            sizes[outer or "packed"] += packed.weight_bytes
             sizes["compensation"] += patches
     seen: dict[int, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:

@@ -28,7 +28,7 @@ tags:
 
 # {{ model or "Model" }} in {{ scheme }}
 
-{{ "[" ~ model ~ "](https://huggingface.co/" ~ model ~ ")" if "/" in model else "`" ~ model ~ "`" if model else "A model" }} quantized with masquant {{ version }}, method `{{ method }}`. The linears of the decoder are packed in {{ recipe.scheme.weights.num_bits }} bits{% if recipe.scheme.input_activations.num_bits < 16 %}; their inputs are rounded to {{ recipe.scheme.input_activations.num_bits }} bits per token when the model runs{% endif %}{% if bytes.smooth_scale %}. Where it paid, each token is smoothed by the vector of its own modality{% endif %}{% if bytes.compensation %}. Low-rank patches give modalities back what the shared weight misses{% endif %}.
+{{ "[" ~ model ~ "](https://huggingface.co/" ~ model ~ ")" if "/" in model else "`" ~ model ~ "`" if model else "A model" }} quantized with masquant {{ version }}, method `{{ method }}`. The linears of the decoder are packed in {{ recipe.scheme.weights.num_bits }} bits{% if recipe.scheme.input_activations.num_bits < 16 %}; their inputs are rounded to {{ recipe.scheme.input_activations.num_bits }} bits per token when the model runs{% endif %}{% for modality, scheme in recipe.encoders.items() %}. The {{ modality }} encoder's linears are {{ scheme }}{% endfor %}{% if bytes.smooth_scale %}. Where it paid, each token is smoothed by the vector of its own modality{% endif %}{% if bytes.compensation %}. Low-rank patches give modalities back what the shared weight misses{% endif %}.
 
 ## Load it
 
@@ -55,6 +55,10 @@ Without `import masquant` transformers only warns, and fills the packed weights 
 | smoothing vectors | {{ mib(bytes.smooth_scale) }} |
 | low-rank patches | {{ mib(bytes.compensation) }} |
 | the same linears before | {{ mib(bytes.float_before) }} |
+{% if bytes.encoders %}
+| linears of encoders in 8 bits | {{ mib(bytes.encoders) }} |
+| the same before | {{ mib(bytes.encoders_before) }} |
+{% endif %}
 {% if bytes.lm_head %}
 | embeddings and head in 8 bits | {{ mib(bytes.lm_head) }} |
 | the same before | {{ mib(bytes.lm_head_before) }} |

@@ -37,6 +37,13 @@ class Effort(str, Enum):
     REFINED = "refined"
 
 
+class CacheName(str, Enum):
+    """Kinds of KV cache, for the help text."""
+
+    FLOAT = "float"
+    INT8 = "int8"
+
+
 class SchemeName(str, Enum):
     """Schemes, for the help text."""
 
@@ -71,6 +78,17 @@ JsonFileOption = Annotated[Path | None, typer.Option("--json", help="Also write 
 ReportOption = Annotated[Path | None, typer.Option("--report", help="Also write a page to this .html file.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+CacheOption = Annotated[
+    CacheName,
+    typer.Option(
+        help="Keys and values of past tokens: as the model has them, or in 8 bits. int8 decodes by transformers' "
+        "generate, not in masquant's kernels."
+    ),
+]
+EncodersOption = Annotated[
+    bool,
+    typer.Option("--quantize-encoders", help="Give the linears of encoders 8-bit rows: vision W8A8, audio W8A16."),
+]
 MemoryOption = Annotated[
     float | None,
     typer.Option(
@@ -146,6 +164,7 @@ def quantize(
     quantize_lm_head: Annotated[
         bool, typer.Option("--quantize-lm-head", help="Give embeddings and head 8-bit rows.")
     ] = False,
+    quantize_encoders: EncodersOption = False,
     limit: LimitOption = None,
     batch_size: BatchOption = 8,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
@@ -171,6 +190,8 @@ def quantize(
     chosen = chosen.with_effort(preset.value)
     if quantize_lm_head:
         chosen = dataclasses.replace(chosen, quantize_lm_head=True)
+    if quantize_encoders:
+        chosen = dataclasses.replace(chosen, encoders=_encoders_of(model))
     samples = load_samples(calibration, limit=limit)
     available = None if memory is None else int(memory * 2**30)
     if dry_run:
@@ -214,6 +235,15 @@ def quantize(
     )
 
 
+def _encoders_of(model: str) -> Any:
+    """What `--quantize-encoders` does to a model's encoders."""
+    from .integrations.loading import read_config
+    from .models import family_of
+    from .plan import default_encoders
+
+    return default_encoders(family_of(read_config(model)))
+
+
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -229,12 +259,25 @@ def _plan_dict(model: str, recipe: Any) -> dict[str, Any]:
 
     plan = make_plan(meta_model(model), recipe)
     smoothed = recipe.smoothing.mode != "none"
+    reasons = {
+        **dict.fromkeys(plan.family.encoders, "an encoder"),
+        **dict.fromkeys(plan.family.others, "never quantized"),
+        **dict.fromkeys(("embeddings", "lm_head"), "outside of the blocks"),
+        **dict.fromkeys(("norms", "convolutions"), "no linear"),
+        **dict.fromkeys(plan.kept, "ignored by the recipe"),
+    }
     return {
         "family": plan.family.title,
         "scheme": recipe.scheme.name,
         "method": recipe.method,
         "blocks": len(plan.blocks),
-        "bytes": {"float_before": plan.float_bytes, "packed": plan.packed_bytes, "kept": plan.other_bytes},
+        "bytes": {
+            "float_before": plan.float_bytes,
+            "packed": plan.packed_bytes,
+            "encoders_before": plan.encoder_bytes,
+            "encoders": sum(outer.linear.packed_bytes for outer in plan.encoders),
+            "kept": plan.other_bytes - plan.encoder_bytes,
+        },
         "groups": [
             {
                 "group": g.name,
@@ -248,11 +291,11 @@ def _plan_dict(model: str, recipe: Any) -> dict[str, Any]:
             for g in plan.blocks[0]
         ],
         "ignored": plan.kept,
+        "encoders": {modality.value: scheme for modality, scheme in recipe.encoders.items()},
         "not_quantized": {
-            **dict.fromkeys(plan.family.encoders, "an encoder"),
-            **dict.fromkeys(() if recipe.quantize_lm_head else ("embeddings", "lm_head"), "outside of the blocks"),
-            "norms": "no linear",
-            **dict.fromkeys(plan.kept, "ignored by the recipe"),
+            name: reasons.get(name, "in an encoder, kept")
+            for name in plan.not_quantized
+            if not (recipe.quantize_lm_head and name in ("embeddings", "lm_head"))
         },
         "notes": plan.notes,
     }
@@ -271,6 +314,13 @@ def _show_plan(found: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     sizes = found["bytes"]
+    for modality, scheme in found["encoders"].items():
+        console.print(f"{modality} encoder: linears in {scheme}", highlight=False)
+    if sizes["encoders"]:
+        console.print(
+            f"encoders' linears {_bytes(sizes['encoders_before'])} -> {_bytes(sizes['encoders'])} packed",
+            highlight=False,
+        )
     console.print(
         f"decoder linears {_bytes(sizes['float_before'])} -> {_bytes(sizes['packed'])} packed; "
         f"{_bytes(sizes['kept'])} stay in floating point:",
@@ -288,6 +338,7 @@ def inspect(
     calibration: Annotated[Path | None, typer.Option(help="Samples whose activation ranges are shown.")] = None,
     scheme: SchemeOption = SchemeName.W4A8,
     group_size: GroupOption = None,
+    quantize_encoders: EncodersOption = False,
     limit: LimitOption = None,
     batch_size: BatchOption = 8,
     as_json: JsonOption = False,
@@ -319,11 +370,15 @@ def inspect(
             f"quantized linears on disk   {_bytes(packed)}\n"
             f"the same in memory          {_bytes(resident)} ({resident / packed:.3f} x), of which vectors "
             f"{_bytes(found['smooth_scale'])}, patches {_bytes(found['compensation'])}\n"
-            f"in floating point           {_bytes(found['float'])} (encoders, embeddings, norms, lm_head)"
+            f"8-bit linears of encoders   {_bytes(found['encoders'])} in memory\n"
+            f"8-bit embeddings and head   {_bytes(found['lm_head'])}\n"
+            f"in floating point           {_bytes(found['float'])} (all else)"
         )
         return
     if calibration is None:
-        plan = _plan_dict(model, Recipe.preset("masquant", scheme.value, _group_size(group_size)))
+        encoders = _encoders_of(model) if quantize_encoders else {}
+        recipe = Recipe.preset("masquant", scheme.value, _group_size(group_size), encoders=encoders)
+        plan = _plan_dict(model, recipe)
         _print_json(plan) if as_json else _show_plan(plan)
         return
     rows = activation_ranges(model, calibration, limit=limit, batch_size=batch_size, progress=_progress(quiet))
@@ -357,6 +412,7 @@ def evaluate(
     limit: LimitOption = None,
     batch_size: BatchOption = 16,
     generate: Annotated[bool, typer.Option(help="Decode answers for error rates and exact match.")] = True,
+    kv_cache: CacheOption = CacheName.FLOAT,
     quiet: QuietOption = False,
 ) -> None:
     """Measure what is left per task: likelihood, perplexity, error rates, exact match; against a baseline, the loss.
@@ -376,6 +432,7 @@ def evaluate(
     loaded = load_any(model)
     float_model = load_any(baseline) if baseline else None
     parameters = (float_model or loaded).num_parameters()
+    scheme = scheme_of(loaded) + (", int8 KV cache" if kv_cache is CacheName.INT8 else "")
     result = run(
         loaded,
         load_processor(model),
@@ -385,11 +442,12 @@ def evaluate(
         batch_size=batch_size,
         generate=generate,
         progress=_progress(quiet),
-        description=describe(loaded, model, scheme_of(loaded), parameters),
+        description=describe(loaded, model, scheme, parameters),
+        kv_cache=kv_cache.value,
     )
     if json_file:
         write_json(json_file, result.to_dict(samples=True))
-    Console().print(evaluation_table({scheme_of(loaded): result}))
+    Console().print(evaluation_table({scheme: result}))
 
 
 @app.command()
@@ -402,6 +460,7 @@ def compare(
     group_size: GroupOption = None,
     limit: LimitOption = None,
     preset: PresetOption = Effort.DEFAULT,
+    quantize_encoders: EncodersOption = False,
     batch_size: BatchOption = 16,
     generate: Annotated[bool, typer.Option(help="Decode answers for error rates and exact match.")] = True,
     json_file: JsonFileOption = None,
@@ -434,6 +493,7 @@ def compare(
         batch_size=batch_size,
         generate=generate,
         effort=preset.value,
+        encoders=_encoders_of(model) if quantize_encoders else None,
         progress=_progress(quiet),
         keep=lambda method, _model, _processor, record, _result: records.update({method: record.to_dict()}),
     )
@@ -484,7 +544,8 @@ def check(out: OutArgument, as_json: JsonOption = False) -> None:
     if as_json:
         _print_json(found)
     else:
-        typer.echo(f"{out}: whole; {found['scheme']}, {found['quantized_linears']} quantized linears")
+        encoders = f" and {found['encoder_linears']} in encoders" if found["encoder_linears"] else ""
+        typer.echo(f"{out}: whole; {found['scheme']}, {found['quantized_linears']} quantized linears{encoders}")
 
 
 @app.command()
@@ -498,6 +559,7 @@ def chat(
     temperature: Annotated[
         float | None, typer.Option(help="0: the likeliest tokens.", min=0, max=2, show_default="the model's own")
     ] = None,
+    kv_cache: CacheOption = CacheName.FLOAT,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="With --prompt: print JSON.")] = False,
@@ -515,7 +577,8 @@ def chat(
     if as_json and prompt is None:
         raise typer.BadParameter("--json needs --prompt")
     attached = [attachment("image", str(f)) for f in image or ()] + [attachment("audio", str(f)) for f in audio or ()]
-    responder = Responder(load_any(model, dtype=dtype).to(_device(device)), load_processor(model))
+    loaded = load_any(model, dtype=dtype).to(_device(device))
+    responder = Responder(loaded, load_processor(model), kv_cache=kv_cache.value)
     console = Console(quiet=as_json, force_terminal=False if prompt is not None else None)
     conversation = Chat(
         responder, console, system=system, sampling=Sampling(max_new_tokens, temperature), attached=attached

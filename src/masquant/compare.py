@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ from .api import load_processor, resident_bytes
 from .calibration.dataset import Sample
 from .evaluation import BaselineScores, Evaluation, ModelDescription, evaluate, score_baseline
 from .integrations.loading import load_any
+from .modality import Modality
 from .pipeline import Calibration, QuantizationReport, quantize
 from .progress import AbstractProgress, NoProgress
-from .recipe import Recipe
+from .recipe import EncoderScheme, Recipe
 from .run import peak_memory, reset_peak_memory
 
 
@@ -31,7 +33,7 @@ def describe(model: PreTrainedModel, name: str, scheme: str, num_parameters: int
         bytes={
             "base": sizes["packed"] + sizes["smooth_scale"],
             "compensation": sizes["compensation"],
-            "float": sizes["float"] + sizes["lm_head"],
+            "float": sizes["float"] + sizes["lm_head"] + sizes["encoders"],
         },
     )
 
@@ -96,6 +98,7 @@ def compare(
     effort: Literal["default", "fast", "refined"] = "default",
     keep: Callable[[str, PreTrainedModel, Any, QuantizationReport, Evaluation], None] | None = None,
     dtype: str = "auto",
+    encoders: Mapping[Modality, EncoderScheme] | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate the float model and each method.
 
@@ -111,6 +114,7 @@ def compare(
         effort: see `Recipe.with_effort`.
         keep: called with every method's name, model, processor, report and evaluation, for example to save it.
         dtype: to load the model in.
+        encoders: of every method's recipe; default each recipe's own.
 
     Returns:
         "float" first, then the methods in order.
@@ -121,6 +125,8 @@ def compare(
     else:
         recipes = {method: Recipe.preset(method, scheme, group_size) for method in methods}
     recipes = {method: recipe.with_effort(effort) for method, recipe in recipes.items()}
+    if encoders is not None:
+        recipes = {method: replace(recipe, encoders=encoders) for method, recipe in recipes.items()}
     processor = load_processor(model)
     name = str(model)
     source = load_any(model, dtype=dtype)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from .cache import KvCache, cache_arguments
 from .calibration.encoding import SampleEncoder
 from .calibration.media import check_audio, check_image, load_image
 from .errors import DataError
@@ -183,7 +184,12 @@ class Answer(Iterator[str]):
 
 
 def stream(
-    model: PreTrainedModel, tokenizer: Any, inputs: Mapping[str, Tensor], sampling: Sampling, worker: Executor
+    model: PreTrainedModel,
+    tokenizer: Any,
+    inputs: Mapping[str, Tensor],
+    sampling: Sampling,
+    worker: Executor,
+    kv_cache: KvCache = "float",
 ) -> Answer:
     """Decode one answer.
 
@@ -193,6 +199,7 @@ def stream(
         inputs: all outputs of the processor for one conversation, [1, ...] each.
         sampling: how to choose tokens.
         worker: runs the model; with one thread, so that answers follow each other.
+        kv_cache: the model's own, or `Int8Cache`, which transformers' generate uses and the kernels' decoder does not.
     """
     watch = _Watch(inputs["input_ids"].shape[1])
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -203,7 +210,7 @@ def stream(
     def run() -> None:
         watch.started = time.monotonic()
         try:
-            if decodes_natively(model):
+            if kv_cache == "float" and decodes_natively(model):
                 streamer.put(inputs["input_ids"])
                 for token in native_stream(model, inputs, max_new_tokens=sampling.max_new_tokens, **options):
                     watch.count(token)
@@ -215,6 +222,7 @@ def stream(
                 core_of(model).generate(
                     **{name: value.to(model.device) for name, value in inputs.items()},
                     **options,
+                    **cache_arguments(model, kv_cache),
                     max_new_tokens=sampling.max_new_tokens,
                     use_cache=True,
                     streamer=streamer,
@@ -243,17 +251,28 @@ class Responder:
         max_tokens: of prompt and answer together.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any, *, max_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        *,
+        max_tokens: int | None = None,
+        kv_cache: KvCache = "float",
+    ) -> None:
         """Take a model.
 
         Args:
             model: float or quantized, on its device.
             processor: its processor.
             max_tokens: bound of prompt and answer together; never more than the model's own context.
+            kv_cache: see `stream`.
 
         Raises:
             DataError: the processor cannot be used; see `SampleEncoder`.
+            ModelError: the model cannot use the cache.
         """
+        cache_arguments(model, kv_cache)
+        self.kv_cache: KvCache = kv_cache
         own: int = (
             getattr(core_of(model).config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_CONTEXT
         )
@@ -361,11 +380,13 @@ class Responder:
         room = self.max_tokens - inputs["input_ids"].shape[1]
         if sampling.max_new_tokens > room:
             sampling = Sampling(room, sampling.temperature, sampling.top_p, sampling.stop)
-        return stream(self.model, self.encoder.tokenizer, inputs, sampling, self._worker)
+        return stream(self.model, self.encoder.tokenizer, inputs, sampling, self._worker, self.kv_cache)
 
     @property
     def decoding(self) -> str:
         """How answers are decoded, for people."""
+        if self.kv_cache == "int8":
+            return "decoded by transformers with an int8 KV cache"
         return "decoded in masquant's kernels" if decodes_natively(self.model) else "decoded by transformers"
 
     def close(self) -> None:

@@ -30,6 +30,7 @@ from .plan import Plan
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
 from .run import Run, peak_memory, reset_peak_memory
+from .runtime.outer import quantize_encoders
 
 TRIED_BATCHES = 2
 PER_TOKEN = ("observe", "advance")  # stages of a block whose time grows with the tokens
@@ -132,7 +133,7 @@ def estimate(
     """Try the parts of a run.
 
     Args:
-        blocks: of the float model; they are not changed.
+        blocks: of the float model; they are not changed, its encoders are as the recipe says.
         plan: of the recipe.
         processor: of the model.
         samples: all that the run will have.
@@ -156,7 +157,8 @@ def estimate(
 
     start = time.monotonic()
     calibration = Calibration(tried, batch_size, shared=False, memory=memory)
-    inputs = calibration.block_inputs(blocks, processor, progress)
+    quantize_encoders(blocks.model, plan.encoders)
+    inputs = calibration.block_inputs(blocks, processor, recipe, progress)
     trial.measured("inputs", start)
     stages["inputs"] = trial.seconds["inputs"] * ratio
     if recipe.needs_gradients:

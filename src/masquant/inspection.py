@@ -18,7 +18,7 @@ from .checkpoint.format import QUANT_METHOD
 from .integrations.loading import load_streamed
 from .integrations.transformers import quantized_linears, read_headers
 from .modality import ModalityState
-from .models import modality_tokens_of
+from .models import family_of, modality_tokens_of
 from .pipeline import Calibration
 from .plan import make_plan
 from .progress import AbstractProgress
@@ -42,17 +42,19 @@ def scheme_of(model: nn.Module) -> str:
 
 
 def checkpoint_memory(path: str | Path) -> dict[str, Any]:
-    """Bytes of the quantized linears on disk, and in memory after loading, measured from the tensors' storages."""
+    """Bytes of the decoder's quantized linears on disk, and of everything in memory after loading, measured from the
+    tensors' storages."""
     model = load(path)
     sizes = resident_bytes(model)
     own = ("weight_packed", "weight_scale", "weight_shape", "smooth_scale")
+    family = family_of(model.config)
     quantized = {name.rpartition("layers.")[2] for name in quantized_linears(model)}
     on_disk = 0
     for name, (shape, dtype) in read_headers(sorted(Path(path).glob("*.safetensors"))).items():
         local = name.rpartition("layers.")[2]
         module = local.partition(".compensation.")[0] if ".compensation." in local else local.rpartition(".")[0]
-        is_own = name.endswith(own) or ".compensation." in name or (name.endswith(".bias") and module in quantized)
-        if is_own and dtype is not None:
+        is_own = module in quantized and (name.endswith((*own, ".bias")) or ".compensation." in name)
+        if is_own and dtype is not None and family.encoder_of(name) is None:
             on_disk += math.prod(shape) * dtype.itemsize
     return {
         "scheme": scheme_of(model),
@@ -76,7 +78,9 @@ def activation_ranges(
     plan = make_plan(blocks.model, recipe)
     state = ModalityState(modality_tokens_of(blocks.model.config))
     samples = load_samples(calibration, limit=limit)
-    inputs = Calibration(samples, batch_size, shared=False).block_inputs(blocks, load_processor(model), progress)
+    inputs = Calibration(samples, batch_size, shared=False).block_inputs(
+        blocks, load_processor(model), recipe, progress
+    )
     run = Run(blocks, recipe, plan, state, inputs, device, [], progress)
     rows = []
     for index in progress.track(range(len(plan.blocks)), "measuring", len(plan.blocks), "block"):

@@ -8,6 +8,7 @@ weight, patches); fold and put the quantized linears in place; run it again for 
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import time
@@ -35,12 +36,13 @@ from .errors import DataError, RecipeError
 from .integrations.transformers import adopt
 from .modality import Modality, ModalityState, attach_routing
 from .models import ModelFamily, decoder_of, family_of, modality_tokens_of
-from .plan import make_plan, tensor_bytes
+from .plan import encoder_schemes, make_plan, tensor_bytes
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
 from .rotation_learning import learn_rotation
 from .run import Run, peak_memory
 from .runtime.head import packed_head_bytes, quantize_head
+from .runtime.outer import packed_bytes, quantize_encoders, restore_encoders
 from .runtime.transforms import LEARNED_ROTATION, attach_residual_rotation
 from .version import __version__
 
@@ -59,7 +61,8 @@ class QuantizationReport:
         calibration: samples and tokens per modality.
         blocks: one record per block.
         bytes: of the decoder's linears: packed, smooth_scale, compensation, and float before; of embeddings and head,
-            if they have 8-bit rows: lm_head, and before; kept: of all else.
+            if they have 8-bit rows: lm_head, and before; of encoders' 8-bit linears: encoders, and before; kept: of
+            all else.
         not_quantized: modules and patterns of linears in floating point.
         notes: what a user should know.
         seconds, peak_memory: of the whole run; bytes of the process.
@@ -180,11 +183,19 @@ def quantize_blocks(
     plan = make_plan(model, recipe)
     recipe, left_out = without_inexact(recipe, plan.family)
     state = ModalityState(modality_tokens_of(model.config))
-    inputs = calibration.block_inputs(blocks, processor, progress)
-    gradients = calibration.gradients(blocks, recipe, inputs, device, progress)
+    replaced = quantize_encoders(model, plan.encoders)  # first, so that the decoder is fitted to what they really give
+    encoder_bytes = packed_bytes([model.get_submodule(path) for path in replaced])
+    try:
+        inputs = calibration.block_inputs(blocks, processor, recipe, progress)
+        gradients = calibration.gradients(blocks, recipe, inputs, device, progress)
+    except BaseException:
+        restore_encoders(model, replaced)
+        raise
+    del replaced
+    whole = tensor_bytes(model)
     head = HeadFormat(quantize_head(model)) if recipe.quantize_lm_head else None
     head_bytes = packed_head_bytes(model)
-    kept = tensor_bytes(model) - head_bytes - plan.float_bytes
+    head_before = whole - tensor_bytes(model) + head_bytes
     blocks.leave_rest()
     counts = modality_counts(inputs, state.tokens.modalities)
     notes = [*plan.notes, *left_out, *missing_notes(counts)]
@@ -220,7 +231,14 @@ def quantize_blocks(
             f"{done[0] / 2**20:.0f} -> {done[1] / 2**20:.0f} MiB, peak memory {peak_memory() / 2**30:.2f} GiB"
         )
     checkpoint = make_format(
-        plan.family, run.plan.blocks, recipe.scheme.input_activations, recipe.ignore, run.sites, recipe.rotations, head
+        plan.family,
+        run.plan.blocks,
+        recipe.scheme.input_activations,
+        recipe.ignore,
+        run.sites,
+        recipe.rotations,
+        head,
+        encoder_schemes(plan.family, recipe),
     )
     used = {"num_samples": len(calibration.samples), "tokens": {m.value: n for m, n in counts.items()}}
     sizes = {key: sum(g["bytes"][key] for r in records for g in r["groups"]) for key in
@@ -235,10 +253,12 @@ def quantize_blocks(
             **sizes,
             "float_before": plan.float_bytes,
             "lm_head": head_bytes,
-            "lm_head_before": plan.other_bytes - kept,
-            "kept": kept,
+            "lm_head_before": head_before,
+            "encoders": encoder_bytes,
+            "encoders_before": plan.encoder_bytes,
+            "kept": plan.other_bytes - head_before - plan.encoder_bytes,
         },
-        [*plan.family.encoders, *(("embeddings", "lm_head") if head is None else ()), "norms", *plan.kept],
+        [name for name in plan.not_quantized if head is None or name not in ("embeddings", "lm_head")],
         notes,
         time.monotonic() - start,
         peak_memory(),
@@ -311,12 +331,15 @@ class Calibration:
             raise DataError("no samples: calibration needs at least one")
         self.samples, self.batch_size = samples, batch_size
         self.shared, self.memory, self.folder = shared, memory, folder
-        self._inputs: BlockInputs | None = None
-        self._gradients: dict[tuple[int, int], TokenGradients] = {}
+        self._inputs: dict[str, BlockInputs] = {}  # by what the recipe does to encoders
+        self._gradients: dict[tuple[str, int, int], TokenGradients] = {}
 
-    def block_inputs(self, blocks: AbstractBlocks, processor: Any, progress: AbstractProgress) -> BlockInputs:
-        """What the decoder's blocks are called with: encoders and embeddings run on the samples."""
-        inputs = self._inputs
+    def block_inputs(
+        self, blocks: AbstractBlocks, processor: Any, recipe: Recipe, progress: AbstractProgress
+    ) -> BlockInputs:
+        """What the decoder's blocks are called with: encoders (quantized, if the recipe says so) and embeddings run on
+        the samples."""
+        inputs = self._inputs.get(_encoders_key(recipe))
         if inputs is None:
             parts = in_batches(self.samples, self.batch_size, mixed=blocks.family.mixes_media)
             own = own_range(len(parts))
@@ -339,7 +362,7 @@ class Calibration:
             inputs = replace(inputs, first=own.start)
         if not self.shared:
             return inputs
-        self._inputs = inputs
+        self._inputs[_encoders_key(recipe)] = inputs
         return inputs.copy()
 
     def gradients(
@@ -361,12 +384,18 @@ class Calibration:
             return None
         if not any(gather(any(bool(batch.answers.any()) for batch in inputs.batches))):
             raise DataError("no calibration sample has an answer or a text: nothing to measure gradients of")
-        key = recipe.gradient.samples, recipe.seed
+        key = _encoders_key(recipe), recipe.gradient.samples, recipe.seed
         if key not in self._gradients:
             self._gradients[key] = token_gradients(
-                blocks, inputs, samples=key[0], seed=key[1], device=device, progress=progress
+                blocks, inputs, samples=key[1], seed=key[2], device=device, progress=progress
             )
         return self._gradients[key]
+
+
+def _encoders_key(recipe: Recipe) -> str:
+    """What determines the encoders that a recipe gives: nothing of it where they stay in floating point."""
+    plain = recipe.to_dict()
+    return json.dumps([plain["encoders"], plain["ignore"]], sort_keys=True) if recipe.encoders else ""
 
 
 def rotation_pays(run: Run) -> tuple[bool, str]:

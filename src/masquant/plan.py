@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import ModelError, RecipeError
-from .models import LinearGroup, ModelFamily, decoder_blocks, family_of, groups_of, linear_of
-from .recipe import Recipe, WeightArgs
+from .modality import Modality
+from .models import LinearGroup, ModelFamily, core_of, decoder_blocks, encoder_linears, family_of, groups_of, linear_of
+from .recipe import ENCODER_SCHEMES, EncoderScheme, Recipe, WeightArgs
 from .rotation import Rotation, Rotations
 
 
@@ -78,6 +79,78 @@ class GroupPlan:
         size = grid.group_size_for(self.in_features)
         linears = tuple(replace(p, num_bits=grid.num_bits, group_size=size) for p in self.linears)
         return replace(self, linears=linears)
+
+
+@dataclass(frozen=True)
+class OuterPlan:
+    """A linear outside of the blocks: its shape with its name from the encoder on, its path in the whole model, and
+    the bits of its input."""
+
+    linear: LinearPlan
+    path: str
+    activation_bits: int
+
+
+def default_encoders(family: ModelFamily) -> dict[Modality, EncoderScheme]:
+    """What `--quantize-encoders` asks for: 8-bit weights, and 8-bit inputs where they come from pictures."""
+    wanted: dict[Modality, EncoderScheme] = {Modality.VISION: "W8A8", Modality.AUDIO: "W8A16"}
+    return {modality: scheme for modality, scheme in wanted.items() if modality in family.encoders.values()}
+
+
+def encoder_schemes(family: ModelFamily, recipe: Recipe) -> dict[str, EncoderScheme]:
+    """Scheme of every encoder module that the recipe quantizes, by its name.
+
+    Raises:
+        RecipeError: the recipe names a modality that the family has no encoder for.
+    """
+    for modality in recipe.encoders:
+        if modality not in family.encoders.values():
+            raise RecipeError(f"{family.title} has no {modality.value} encoder; take it out of the recipe's encoders")
+    return {name: recipe.encoders[m] for name, m in family.encoders.items() if m in recipe.encoders}
+
+
+def plan_encoders(
+    model: PreTrainedModel, family: ModelFamily, schemes: Mapping[str, EncoderScheme], ignore: Iterable[str]
+) -> tuple[OuterPlan, ...]:
+    """The encoders' linears that get 8-bit rows.
+
+    Args:
+        model: with plain `nn.Linear` modules, possibly on the meta device.
+        family: of the model.
+        schemes: by the encoder's name.
+        ignore: patterns of linears that stay.
+    """
+    ignore = tuple(ignore)
+    return tuple(
+        OuterPlan(
+            LinearPlan(name, module.in_features, module.out_features, module.bias is not None, 8, None),
+            path,
+            ENCODER_SCHEMES[schemes[encoder]],
+        )
+        for name, path, module in encoder_linears(model, family)
+        for encoder in schemes
+        if name == encoder or name.startswith(f"{encoder}.")
+        if not is_ignored(name, ignore)
+    )
+
+
+def left_outside(model: PreTrainedModel, family: ModelFamily, encoders: Iterable[OuterPlan]) -> list[str]:
+    """What stays in floating point outside of the blocks: modules, and single linears of quantized encoders."""
+    planned = {plan.linear.name for plan in encoders}
+    touched = {found[0] for found in map(family.encoder_of, planned) if found}
+    others = tuple(map(module_pattern, family.others))
+    single = []
+    for path, module in core_of(model).named_modules():
+        found = family.encoder_of(path)
+        if isinstance(module, nn.Linear) and found is not None and found[0] in touched:
+            single += [found[1]] if found[1] not in planned and not is_ignored(found[1], others) else []
+    whole = [name for name in family.encoders if name not in touched]
+    return [*whole, *family.others, *single, *(["convolutions"] if touched else []), "embeddings", "lm_head", "norms"]
+
+
+def module_pattern(name: str) -> str:
+    """The pattern, as in `ignore`, of all that a module holds."""
+    return f"re:.*{re.escape(name)}.*"
 
 
 def group_rotation(group: GroupPlan | None, rotations: Rotations | None) -> Rotation | None:
@@ -157,7 +230,11 @@ class Plan:
         kept: linears of the decoder that stay in floating point because the recipe ignores them.
         float_bytes: of the linears to be quantized, as they are now.
         packed_bytes: of the same, quantized, without vectors and patches.
-        other_bytes: of everything that stays in floating point.
+        encoders: linears of encoders that get 8-bit rows.
+        encoder_bytes: of these, with biases, as they are now.
+        not_quantized: what stays in floating point whatever happens in the blocks, embeddings and head included:
+            modules, single linears of encoders that get 8-bit rows, and `kept`.
+        other_bytes: of everything outside of the linears to be quantized in the blocks.
         notes: what a user should know.
     """
 
@@ -166,6 +243,9 @@ class Plan:
     kept: tuple[str, ...]
     float_bytes: int
     packed_bytes: int
+    encoders: tuple[OuterPlan, ...]
+    encoder_bytes: int
+    not_quantized: tuple[str, ...]
     other_bytes: int
     notes: tuple[str, ...]
 
@@ -191,7 +271,11 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
             f"({', '.join(m.value for m in recipe.modalities)}) forbid; add them to the recipe"
         )
     blocks = decoder_blocks(model)
-    names = list(linear_names(family, blocks))
+    schemes = encoder_schemes(family, recipe)
+    names = [
+        *linear_names(family, blocks),
+        *(linear.linear.name for linear in plan_encoders(model, family, schemes, ())),
+    ]
     for pattern in recipe.ignore:
         if not any(is_ignored(name, [pattern]) for name in names):
             raise RecipeError(f"ignore pattern {pattern!r} matches none of the linears, such as {names[0]!r}")
@@ -212,13 +296,19 @@ def make_plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     ]
     if not quantized:
         raise RecipeError("the recipe ignores every linear of the decoder: nothing to quantize")
+    others = map(module_pattern, family.others)
+    encoders = plan_encoders(model, family, schemes, (*recipe.ignore, *others))
+    kept = tuple(name for name in linear_names(family, blocks) if is_ignored(name, recipe.ignore))
     float_bytes = sum(m.weight.numel() * m.weight.element_size() for m, _ in quantized)
     return Plan(
         family,
         plans,
-        tuple(name for name in names if is_ignored(name, recipe.ignore)),
+        kept,
         float_bytes,
         sum(linear.packed_bytes for _, linear in quantized),
+        encoders,
+        sum(tensor_bytes(model.get_submodule(linear.path)) for linear in encoders),
+        (*left_outside(model, family, encoders), *kept),
         tensor_bytes(model) - float_bytes,
         _group_size_notes(plans, recipe.scheme.weights),
     )

@@ -24,6 +24,8 @@ from .strict import from_plain, to_plain
 
 RECIPE_VERSION = 1
 SCHEMES = ("W8A8", "W4A8", "W4A6", "W4A16")
+EncoderScheme = Literal["W8A8", "W8A16"]
+ENCODER_SCHEMES: dict[EncoderScheme, int] = {"W8A8": 8, "W8A16": 16}  # bits of the linears' inputs
 GROUP_NAMES = ("qkv", "o", "gate_up", "down")
 AUTO_GROUP_SIZES = (128, 64, 32)
 
@@ -380,7 +382,9 @@ class Recipe:
         modality_weights: importance of each modality's error, or "gradient": by the mean magnitude of the answers'
             gradient at its tokens, per block (MBQ, arXiv 2412.19509).
         ignore: linears that stay in floating point: names below the decoder, or "re:" and a regular expression.
-        Encoders and everything else outside of the decoder blocks always stay in floating point.
+        encoders: by modality, the scheme of its encoder's linears, W8A8 or W8A16, rounded to nearest with one scale
+            per row; encoders that are not named stay in floating point, as does everything else outside of the decoder
+            blocks. `ignore` applies to them too, with names from the encoder on.
         quantize_lm_head: embeddings and head get 8-bit rows; a head that is tied to the embeddings stays so.
     """
 
@@ -399,6 +403,7 @@ class Recipe:
         default_factory=lambda: dict.fromkeys(Modality, 1.0)
     )
     ignore: tuple[str, ...] = ()
+    encoders: Mapping[Modality, EncoderScheme] = field(default_factory=dict)
     quantize_lm_head: bool = False
     seed: int = 0
     version: int = RECIPE_VERSION
@@ -414,6 +419,10 @@ class Recipe:
             self.budget is None or self.rounding.method == "gptq",
             "budget needs rounding.method 'gptq': the loss it expects is that of error-compensated rounding",
         )
+        for modality, scheme in self.encoders.items():
+            where = f"encoders.{modality.value}"
+            _require(modality is not Modality.TEXT, f"{where}: text has no encoder; choose vision or audio")
+            _require(scheme in ENCODER_SCHEMES, f"{where} must be {' or '.join(ENCODER_SCHEMES)}, got {scheme!r}")
         for pattern in self.ignore:
             if pattern.startswith("re:"):
                 try:

@@ -19,12 +19,12 @@ from ..compensation import ALL_TOKENS, FACTOR_DTYPES
 from ..errors import CheckpointError, RecipeError
 from ..modality import Modality
 from ..models import ModelFamily
-from ..plan import GroupPlan, LinearPlan, site_key
+from ..plan import GroupPlan, LinearPlan, module_pattern, site_key
 from ..quantization import PACKED_BITS, SCALE_DTYPE, packed_columns
-from ..recipe import GROUP_NAMES, ActivationArgs, WeightArgs
+from ..recipe import ENCODER_SCHEMES, GROUP_NAMES, ActivationArgs, EncoderScheme, WeightArgs
 from ..rotation import Rotations
-from ..runtime.head import HEAD_BITS
 from ..runtime.linear import SMOOTH_DTYPE
+from ..runtime.outer import OUTER_BITS
 from ..strict import from_plain, to_plain
 
 QUANT_METHOD = "masquant"
@@ -32,6 +32,7 @@ FORMAT_VERSION = 2  # 2: rotations, patches of all tokens, weight scales of eith
 READABLE_VERSIONS = (1, 2)
 
 _KEYS = {"quant_method", "format_version", "config_groups", "ignore", "modalities", "modality_tokens", "sites"}
+_LATER_KEYS = {"lm_head", "encoders"}  # of version 2, where there is something to say
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class HeadFormat:
     """Embeddings and head with 8-bit rows; `tied` if they are one tensor, the embeddings'."""
 
     tied: bool
-    num_bits: int = HEAD_BITS
+    num_bits: int = OUTER_BITS
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class CheckpointFormat:
         sites: per "<block>.<group>", what it has beyond the base.
         rotations: of the model, None if it has none.
         lm_head: embeddings and head, None if they are in floating point.
+        encoders: scheme of the encoders with 8-bit rows, by their modules' names.
     """
 
     weights: tuple[tuple[str, WeightArgs], ...]
@@ -79,6 +81,7 @@ class CheckpointFormat:
     sites: Mapping[str, Site]
     rotations: Rotations | None = None
     lm_head: HeadFormat | None = None
+    encoders: Mapping[str, EncoderScheme] = field(default_factory=dict)
 
     def weights_of(self, linear: str) -> WeightArgs:
         """Grid of a linear, by its name below the decoder ("layers.3.mlp.down_proj").
@@ -129,6 +132,7 @@ class CheckpointFormat:
             "sites": {key: site.to_dict() for key, site in self.sites.items()},
             "rotation": None if self.rotations is None else to_plain(self.rotations),
             **({} if self.lm_head is None else {"lm_head": to_plain(self.lm_head)}),
+            **({"encoders": dict(self.encoders)} if self.encoders else {}),
         }
 
 
@@ -162,13 +166,17 @@ def make_format(
     sites: Mapping[str, Site],
     rotations: Rotations | None,
     lm_head: HeadFormat | None = None,
+    encoders: Mapping[str, EncoderScheme] | None = None,
 ) -> CheckpointFormat:
     """Format of a quantized model; one config group per grid that occurs."""
-    grids = _targets(blocks)
+    grids, encoders = _targets(blocks), dict(encoders or {})
     head = () if lm_head is not None else ("lm_head",)
-    kept = (*head, *(f"re:.*{encoder}.*" for encoder in family.encoders), *ignore)
+    outside = (*(name for name in family.encoders if name not in encoders), *family.others)
+    kept = (*head, *map(module_pattern, outside), *ignore)
     tokens = dict(family.modality_tokens)
-    return CheckpointFormat(grids, activations, kept, family.modalities, tokens, dict(sites), rotations, lm_head)
+    return CheckpointFormat(
+        grids, activations, kept, family.modalities, tokens, dict(sites), rotations, lm_head, encoders
+    )
 
 
 def _need(condition: bool, message: str) -> None:
@@ -255,8 +263,16 @@ def _parse_head(entry: Any) -> HeadFormat:
         head = from_plain(HeadFormat, entry, "lm_head")
     except RecipeError as error:
         raise CheckpointError(f"quantization_config: {error}") from error
-    _need(head.num_bits == HEAD_BITS, f"lm_head of {head.num_bits} bits is unknown")
+    _need(head.num_bits == OUTER_BITS, f"lm_head of {head.num_bits} bits is unknown")
     return head
+
+
+def _parse_encoders(entry: Any) -> dict[str, EncoderScheme]:
+    _need(isinstance(entry, Mapping), "encoders must be a mapping of modules to schemes")
+    for name, scheme in entry.items():
+        _need(isinstance(name, str) and bool(name), f"encoders: {name!r} is no module's name")
+        _need(isinstance(scheme, str) and scheme in ENCODER_SCHEMES, f"encoders.{name}: unknown scheme {scheme!r}")
+    return dict(entry)
 
 
 def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
@@ -273,7 +289,7 @@ def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
         "install a masquant that reads it, or quantize again",
     )
     known = _KEYS | ({"rotation"} if version != 1 else set())
-    missing, extra = known - set(config), set(config) - known - ({"lm_head"} if version != 1 else set())
+    missing, extra = known - set(config), set(config) - known - (_LATER_KEYS if version != 1 else set())
     _need(not missing, f"lacks {', '.join(sorted(missing))}")
     _need(not extra, f"has unknown keys {', '.join(sorted(map(str, extra)))}")
     _need(isinstance(config["config_groups"], Mapping) and bool(config["config_groups"]), "config_groups is empty")
@@ -306,6 +322,7 @@ def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
         sites,
         _parse_rotations(config["rotation"]) if config.get("rotation") is not None else None,
         _parse_head(config["lm_head"]) if config.get("lm_head") is not None else None,
+        _parse_encoders(config.get("encoders", {})),
     )
 
 

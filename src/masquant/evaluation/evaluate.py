@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..cache import KvCache, cache_arguments
 from ..calibration.dataset import Sample
 from ..calibration.encoding import SampleEncoder, group_batches
 from ..errors import DataError
@@ -35,6 +36,7 @@ class _Run:
     generate: bool | Collection[str]
     max_new_tokens: int
     progress: AbstractProgress
+    kv_cache: KvCache = "float"
 
     def scores(
         self, model: PreTrainedModel, *, baseline: BaselineScores | None = None, folder: str | None = None
@@ -58,7 +60,7 @@ class _Run:
         found: dict[str, dict[str, Any]] = {}
         total, batches = group_batches(encoder, self.samples, self.batch_size)
         for number, batch in enumerate(self.progress.track(batches, "scoring answers", total, "batch")):
-            scored = answer_logits(model, batch)
+            scored = answer_logits(model, batch, self.kv_cache)
             if folder is not None:
                 save_logits(folder, number, scored)
             reference = None if baseline is None else baseline.logits(number, scored)
@@ -79,7 +81,7 @@ class _Run:
         answers: dict[str, str] = {}
         total, batches = group_batches(encoder, asked, self.batch_size, with_answer=False)
         for batch in self.progress.track(batches, "decoding answers", total, "batch"):
-            answers.update(decode_answers(model, encoder, batch, self.max_new_tokens))
+            answers.update(decode_answers(model, encoder, batch, self.max_new_tokens, self.kv_cache))
         return answers
 
 
@@ -157,6 +159,7 @@ def evaluate(
     max_new_tokens: int = 48,
     progress: AbstractProgress | None = None,
     description: ModelDescription | None = None,
+    kv_cache: KvCache = "float",
 ) -> Evaluation:
     """Evaluate a model.
 
@@ -171,16 +174,19 @@ def evaluate(
         max_new_tokens: longest decoded answer.
         progress: receives what happens.
         description: what to say of the model in the result; by default, what holds for an ordinary float model.
+        kv_cache: of the model, not of the baseline: its own, or `Int8Cache`.
 
     Raises:
         DataError: no samples, an unknown task, a number out of bounds, an answer whose likelihood is not finite, or
             baseline scores of other samples.
-        ModelError: the model's logits cannot be matched with the answers' tokens.
+        ModelError: the model's logits cannot be matched with the answers' tokens, or it cannot use the cache.
     """
-    run = _plan(processor, samples, tasks, batch_size, generate, max_new_tokens, progress)
+    plain = _plan(processor, samples, tasks, batch_size, generate, max_new_tokens, progress)
+    cache_arguments(model, kv_cache)  # refuses before anything runs
+    run = replace(plain, kv_cache=kv_cache)
     described = description or ModelDescription.of(model)
     if isinstance(baseline, PreTrainedModel):
-        with _score_baseline(baseline, replace(run, generate=False)) as scores:
+        with _score_baseline(baseline, replace(plain, generate=False)) as scores:
             return Evaluation(described, run.scores(model, baseline=scores))
     if baseline is not None and baseline.key != baseline_key(run.samples, batch_size):
         raise DataError("the baseline was scored on other samples, or with another batch size; score it on the same")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..cache import KvCache, cache_arguments
 from ..calibration.encoding import EncodedBatch, SampleEncoder
 from ..errors import DataError, ModelError
 from ..models import core_of
@@ -90,11 +91,14 @@ def projecting(model: PreTrainedModel, choose: Callable[[Tensor], Tensor]) -> It
 
 
 @torch.no_grad()
-def answer_logits(model: PreTrainedModel, batch: EncodedBatch) -> AnswerLogits:
+def answer_logits(model: PreTrainedModel, batch: EncodedBatch, kv_cache: KvCache = "float") -> AnswerLogits:
     """Teacher-forced logits of a batch's answer tokens; those of all other tokens are not computed.
 
+    With an int8 cache every key and value is rounded before it is read, those of the latest tokens too, which decoding
+    would still have in full precision.
+
     Raises:
-        ModelError: the model returns logits of other positions.
+        ModelError: the model returns logits of other positions, or cannot use the cache.
     """
     shape = batch.answer_mask.shape
     samples, tokens = answer_rows(batch.answer_mask)
@@ -106,7 +110,8 @@ def answer_logits(model: PreTrainedModel, batch: EncodedBatch) -> AnswerLogits:
 
     inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.inputs.items()}
     with projecting(model, choose):
-        logits: Tensor = core_of(model)(**inputs, use_cache=False).logits
+        cache = cache_arguments(model, kv_cache, residual_length=0)
+        logits: Tensor = core_of(model)(**inputs, **cache, use_cache=bool(cache)).logits
     if logits.shape[:2] == (1, len(tokens)):
         logits = logits[0]
     elif logits.shape[:2] == shape:
@@ -171,14 +176,17 @@ def sample_scores(batch: EncodedBatch, answers: AnswerLogits, scores: TokenScore
 
 @torch.no_grad()
 def decode_answers(
-    model: PreTrainedModel, encoder: SampleEncoder, batch: EncodedBatch, max_new_tokens: int
+    model: PreTrainedModel,
+    encoder: SampleEncoder,
+    batch: EncodedBatch,
+    max_new_tokens: int,
+    kv_cache: KvCache = "float",
 ) -> dict[str, str]:
     """Greedy answers by sample id to a batch that was encoded without answers."""
     inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+    options = {**GREEDY, **cache_arguments(model, kv_cache), "max_new_tokens": max_new_tokens}
     with projecting(model, lambda hidden: hidden[:, -1:]):
-        output = core_of(model).generate(
-            **inputs, **GREEDY, max_new_tokens=max_new_tokens, pad_token_id=encoder.tokenizer.pad_token_id
-        )
+        output = core_of(model).generate(**inputs, **options, pad_token_id=encoder.tokenizer.pad_token_id)
     new = output[:, inputs["input_ids"].shape[1] :]
     texts = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
     return {sample.id: text.strip() for sample, text in zip(batch.samples, texts, strict=True)}

@@ -24,11 +24,20 @@ from ..checkpoint.format import QUANT_METHOD, CheckpointFormat, Site, TensorSpec
 from ..checkpoint.shards import DTYPES, read_header
 from ..errors import CheckpointError, ModelError
 from ..modality import ModalityState, attach_routing
-from ..models import decoder_blocks, decoder_of, experts_in, family_of, linearize, modality_tokens_of
-from ..plan import GroupPlan, group_rotation, plan_block, site_key
+from ..models import (
+    ModelFamily,
+    decoder_blocks,
+    decoder_of,
+    experts_in,
+    family_of,
+    linearize,
+    modality_tokens_of,
+)
+from ..plan import GroupPlan, OuterPlan, group_rotation, plan_block, plan_encoders, site_key
 from ..runtime import MasquantLinear
 from ..runtime.build import replace_group
-from ..runtime.head import MasquantHead, replace_head
+from ..runtime.head import replace_head
+from ..runtime.outer import OuterLinear, replace_encoders
 from ..runtime.transforms import LEARNED_ROTATION, attach_residual_rotation, reserve_learned_rotation
 
 _OWN_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "smooth_scale")
@@ -73,7 +82,7 @@ class MasquantQuantizer(HfQuantizer):
         blocks = build_quantized_shell(model, self.format, model.dtype)  # the shell already has the dtype asked for
         files = kwargs.get("checkpoint_files")
         if files:
-            verify_tensors(read_headers(files), expected_tensors(blocks, self.format))
+            verify_checkpoint(read_headers(files), model, expected_tensors(blocks, self.format))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_loaded(model)
@@ -142,12 +151,28 @@ def build_quantized_shell(
             )
         plans.append(groups)
     reserve_learned_rotation(decoder_of(model), checkpoint.rotations)
+    unknown = sorted(set(checkpoint.encoders) - set(family.encoders))
+    if unknown:
+        raise CheckpointError(f"quantization_config: {family.title} has no encoder {unknown[0]!r}")
+    encoders = plan_encoders(model, family, checkpoint.encoders, checkpoint.ignore)
+    replace_encoders(model, encoders, dtype=dtype, device="meta")
+    _mark_initialized(model, encoders)
     if checkpoint.lm_head is not None:
         replace_head(model, tied=checkpoint.lm_head.tied, dtype=dtype, device="meta")
     stray = sorted(set(checkpoint.sites) - used)
     if stray:
         raise CheckpointError(f"quantization_config: site {stray[0]!r} names no quantized group of the model")
     return plans
+
+
+def _mark_initialized(model: nn.Module, encoders: Sequence[OuterPlan]) -> None:
+    """Keep transformers from giving random weights, which packed linears lack, to the linears of MLPs and attentions:
+    some encoders' classes do so after loading wherever a module is not said to be initialized."""
+    for parent in {plan.path.rpartition(".")[0] for plan in encoders}:
+        module: Any = model.get_submodule(parent)
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if not own:  # nothing else in it waits for a value
+            module._is_hf_initialized = True
 
 
 def read_headers(files: Sequence[str | Path]) -> dict[str, TensorSpec]:
@@ -165,6 +190,58 @@ def read_headers(files: Sequence[str | Path]) -> dict[str, TensorSpec]:
                 )
             found[name] = (tuple(entry["shape"]), DTYPES.get(entry["dtype"]))
     return found
+
+
+def verify_checkpoint(found: dict[str, TensorSpec], shell: PreTrainedModel, expected: dict[str, TensorSpec]) -> None:
+    """Compare a checkpoint's tensors with what its configuration promises of decoder and encoders.
+
+    Args:
+        found: by full name on disk.
+        shell: the model with its quantized modules, on the meta device.
+        expected: of the decoder, see `verify_tensors`.
+
+    Raises:
+        CheckpointError: naming the tensor that is missing, extra, or of another shape or dtype.
+    """
+    family = family_of(shell.config)
+    outside = {name: spec for name, spec in found.items() if family.encoder_of(name) is not None}
+    verify_tensors({name: spec for name, spec in found.items() if name not in outside}, expected)
+    _verify_encoders(outside, shell, family)
+
+
+def _verify_encoders(found: dict[str, TensorSpec], shell: PreTrainedModel, family: ModelFamily) -> None:
+    """Compare the tensors of the encoders, whose names end on disk as in the model, from the encoder on."""
+    known: set[str] = set()
+    for path, module in encoder_modules(shell).items():
+        for local, buffer in module.named_buffers():
+            encoder, name = family.encoder_of(f"{path}.{local}") or ("", "")
+            tail = "." + name.removeprefix(f"{encoder}.")
+            on_disk = next((n for n in found if n.endswith(tail) and (family.encoder_of(n) or "")[0] == encoder), None)
+            if on_disk is None:
+                raise CheckpointError(f"the checkpoint lacks the tensor {name}; quantize again or copy it whole")
+            known.add(on_disk)
+            _compare(on_disk, found[on_disk], (tuple(buffer.shape), None if local == "bias" else buffer.dtype))
+            if local == "weight_packed":
+                _refuse_float(on_disk, found)
+    stray = sorted(name for name in found if name.endswith(_OWN_SUFFIXES) and name not in known)
+    if stray:
+        raise CheckpointError(f"the checkpoint has the tensor {stray[0]}, which its configuration does not know")
+
+
+def _compare(name: str, found: TensorSpec, wanted: TensorSpec) -> None:
+    """One tensor's shape and dtype with what they should be."""
+    (shape, dtype), (actual_shape, actual_dtype) = wanted, found
+    if actual_shape != shape:
+        raise CheckpointError(f"{name} has shape {list(actual_shape)}, its configuration says {list(shape)}")
+    if dtype is not None and actual_dtype is not dtype:
+        raise CheckpointError(f"{name} has dtype {actual_dtype}, expected {dtype}")
+
+
+def _refuse_float(packed: str, found: dict[str, TensorSpec]) -> None:
+    """A packed weight must not be there as a float one too."""
+    plain = packed.removesuffix("_packed")
+    if plain in found:
+        raise CheckpointError(f"the checkpoint has both {packed} and a float {plain}")
 
 
 def verify_tensors(found: dict[str, TensorSpec], expected: dict[str, TensorSpec]) -> None:
@@ -188,28 +265,32 @@ def verify_tensors(found: dict[str, TensorSpec], expected: dict[str, TensorSpec]
             if suffix in expected and (own or suffix not in by_suffix):
                 by_suffix[suffix] = name
     prefix = next((n[: -len(s)] for s, n in by_suffix.items() if s.endswith("weight_packed")), "")
-    for suffix, (shape, dtype) in expected.items():
+    for suffix, spec in expected.items():
         name = prefix + suffix
         if name not in found:
             raise CheckpointError(f"the checkpoint lacks the tensor {name}; quantize again or copy it whole")
-        actual_shape, actual_dtype = found[name]
-        if actual_shape != shape:
-            raise CheckpointError(f"{name} has shape {list(actual_shape)}, its configuration says {list(shape)}")
-        if dtype is not None and actual_dtype is not dtype:
-            raise CheckpointError(f"{name} has dtype {actual_dtype}, expected {dtype}")
+        _compare(name, found[name], spec)
         if suffix.endswith(".weight_packed"):
-            plain = name.removesuffix("_packed")
-            if plain in found:
-                raise CheckpointError(f"the checkpoint has both {name} and a float {plain}")
+            _refuse_float(name, found)
 
 
 def _in_block(module: nn.Module) -> TypeGuard[MasquantLinear]:
-    return isinstance(module, MasquantLinear) and not isinstance(module, MasquantHead)
+    return isinstance(module, MasquantLinear) and not isinstance(module, OuterLinear)
 
 
 def quantized_linears(model: nn.Module) -> dict[str, MasquantLinear]:
     """All quantized linears of the blocks by name."""
     return {name: module for name, module in model.named_modules() if _in_block(module)}
+
+
+def encoder_modules(model: PreTrainedModel) -> dict[str, OuterLinear]:
+    """All linears of the encoders that have 8-bit rows, by path."""
+    family = family_of(model.config)
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, OuterLinear) and family.encoder_of(path) is not None
+    }
 
 
 def state_of(model: nn.Module) -> ModalityState:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import reduce
 from typing import Any, cast
@@ -53,6 +53,7 @@ __all__ = [
     "core_of",
     "decoder_blocks",
     "decoder_of",
+    "encoder_linears",
     "experts_in",
     "family_of",
     "groups_of",
@@ -155,6 +156,20 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder blocks in order."""
     return list(cast(nn.ModuleList, decoder_of(model).layers))
+
+
+def encoder_linears(model: PreTrainedModel, family: ModelFamily) -> Iterator[tuple[str, str, nn.Linear]]:
+    """The linears of the encoders: name from the encoder on, path in the whole model, and the linear.
+
+    Convolutions, and linears that another module reads the weights of (its class is then not `nn.Linear` itself), are
+    none of them.
+    """
+    inside = {id(module) for block in decoder_blocks(model) for module in block.modules()}
+    prefix = f"{family.core}." if family.core else ""
+    for path, module in core_of(model).named_modules():
+        found = family.encoder_of(path)
+        if type(module) is nn.Linear and found is not None and id(module) not in inside:
+            yield found[1], prefix + path, module
 
 
 def groups_of(block: nn.Module, family: ModelFamily) -> tuple[LinearGroup, ...]:

@@ -87,7 +87,9 @@ class ModelFamily:
         title: name for people.
         modality_tokens: per modality other than text, the config fields that hold its placeholder token ids; a dot
             goes into a part of the config.
-        encoders: module names (below the model or its inner model) that stay unquantized.
+        encoders: module names (below the language model or its inner model) of the encoders with their projectors, and
+            whose tokens they make. They stay in floating point unless a recipe says otherwise.
+        others: names of modules that always stay in floating point, in an encoder (from its name on) or beside all.
         example: a hub id for the documentation.
         groups: the decoder block's linear groups.
         experts: the module of a block that holds its experts, if blocks have any.
@@ -109,8 +111,9 @@ class ModelFamily:
     model_types: tuple[str, ...]
     title: str
     modality_tokens: Mapping[Modality, tuple[str, ...]]
-    encoders: tuple[str, ...]
+    encoders: Mapping[str, Modality]
     example: str
+    others: tuple[str, ...] = ()
     groups: tuple[LinearGroup, ...] = field(default=LLAMA_GROUPS)
     experts: str = ""
     expert_groups: tuple[LinearGroup, ...] = ()
@@ -128,3 +131,15 @@ class ModelFamily:
     def modalities(self) -> tuple[Modality, ...]:
         """Text first, then in the order of `Modality`."""
         return tuple(m for m in Modality if m is Modality.TEXT or m in self.modality_tokens)
+
+    def encoder_of(self, name: str) -> tuple[str, str] | None:
+        """The encoder that a module or tensor belongs to, and its name from that encoder on; None outside of all.
+
+        Args:
+            name: in a model or a checkpoint, which differ in what comes before the encoder's name.
+        """
+        for encoder in self.encoders:
+            _, found, rest = f".{name}.".partition(f".{encoder}.")
+            if found:
+                return encoder, f"{encoder}.{rest}".rstrip(".")
+        return None

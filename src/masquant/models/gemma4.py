@@ -4,14 +4,16 @@ from dataclasses import replace
 from ..modality import Modality
 from .family import EXPERT_GROUPS, GEMMA_GROUPS, LinearGroup, ModelFamily
 
+VISION, AUDIO = Modality.VISION, Modality.AUDIO
 QKV, _, GATE_UP, DOWN = GEMMA_GROUPS
 EXPERT_GATE_UP, EXPERT_DOWN = EXPERT_GROUPS
 
 FAMILY = ModelFamily(
     model_types=("gemma4",),
     title="Gemma 4",
-    modality_tokens={Modality.VISION: ("image_token_id", "video_token_id"), Modality.AUDIO: ("audio_token_id",)},
-    encoders=("vision_tower", "audio_tower", "embed_vision", "embed_audio"),
+    modality_tokens={VISION: ("image_token_id", "video_token_id"), AUDIO: ("audio_token_id",)},
+    encoders={"vision_tower": VISION, "embed_vision": VISION, "audio_tower": AUDIO, "embed_audio": AUDIO},
+    others=("vision_tower.patch_embedder",),  # linears of pixels, as convolutions are elsewhere
     example="google/gemma-4-e2b-it",
     groups=(
         replace(QKV, optional=("self_attn.k_proj", "self_attn.v_proj")),  # keys and values may be another block's

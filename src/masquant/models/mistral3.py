@@ -6,6 +6,6 @@ FAMILY = ModelFamily(
     model_types=("mistral3",),
     title="Mistral 3 (vision)",
     modality_tokens={Modality.VISION: ("image_token_id",)},
-    encoders=("vision_tower", "multi_modal_projector"),
+    encoders={"vision_tower": Modality.VISION, "multi_modal_projector": Modality.VISION},
     example="mistralai/Mistral-Small-3.1-24B-Instruct-2503",
 )

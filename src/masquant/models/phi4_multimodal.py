@@ -9,7 +9,7 @@ FAMILY = ModelFamily(
         Modality.VISION: ("vision_config.image_token_id",),
         Modality.AUDIO: ("audio_config.audio_token_id",),
     },
-    encoders=("embed_tokens_extend",),
+    encoders={"embed_tokens_extend.image_embed": Modality.VISION, "embed_tokens_extend.audio_embed": Modality.AUDIO},
     example="microsoft/Phi-4-multimodal-instruct",
     groups=(
         LinearGroup("qkv", ("self_attn.qkv_proj",), "input_layernorm", "norm"),

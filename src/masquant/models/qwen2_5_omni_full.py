@@ -8,6 +8,6 @@ FAMILY = replace(
     model_types=("qwen2_5_omni",),
     title="Qwen2.5-Omni",
     core="thinker",
-    encoders=(*THINKER.encoders, "talker", "token2wav"),
+    others=("talker", "token2wav"),
     side_file=("load_speakers", "spk_dict.pt"),
 )

@@ -6,6 +6,6 @@ FAMILY = ModelFamily(
     model_types=("qwen2_vl",),
     title="Qwen2-VL",
     modality_tokens={Modality.VISION: ("image_token_id", "video_token_id")},
-    encoders=("visual",),
+    encoders={"visual": Modality.VISION},
     example="Qwen/Qwen2-VL-2B-Instruct",
 )

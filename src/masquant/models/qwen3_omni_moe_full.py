@@ -8,5 +8,5 @@ FAMILY = replace(
     model_types=("qwen3_omni_moe",),
     title="Qwen3-Omni (experts)",
     core="thinker",
-    encoders=(*THINKER.encoders, "talker", "code2wav"),
+    others=("talker", "code2wav"),
 )

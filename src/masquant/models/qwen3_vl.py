@@ -6,7 +6,7 @@ FAMILY = ModelFamily(
     model_types=("qwen3_vl",),
     title="Qwen3-VL",
     modality_tokens={Modality.VISION: ("image_token_id", "video_token_id")},
-    encoders=("visual",),
+    encoders={"visual": Modality.VISION},
     example="Qwen/Qwen3-VL-4B-Instruct",
     stream_inputs=("deepstack_visual_embeds",),
 )

@@ -6,6 +6,6 @@ FAMILY = ModelFamily(
     model_types=("smolvlm", "idefics3"),
     title="SmolVLM, Idefics3",
     modality_tokens={Modality.VISION: ("image_token_id",)},
-    encoders=("vision_model", "connector"),
+    encoders={"vision_model": Modality.VISION, "connector": Modality.VISION},
     example="HuggingFaceTB/SmolVLM2-2.2B-Instruct",
 )

@@ -22,7 +22,8 @@ def limits_of(family: ModelFamily) -> list[str]:
 
 
 def family_rows() -> list[dict[str, Any]]:
-    """One mapping a family: `title`, `model_types`, `modalities`, `example`, `experts`, `unquantized`, `limits`."""
+    """One mapping a family: `title`, `model_types`, `modalities`, `example`, `experts`, `encoders` (with the
+    modality of each), `others` (never quantized), `limits`."""
     return [
         {
             "title": family.title,
@@ -30,7 +31,8 @@ def family_rows() -> list[dict[str, Any]]:
             "modalities": [m.value for m in family.modalities],
             "example": family.example,
             "experts": bool(family.experts),
-            "unquantized": list(family.encoders),
+            "encoders": {name: modality.value for name, modality in family.encoders.items()},
+            "others": list(family.others),
             "limits": limits_of(family),
         }
         for family in FAMILIES

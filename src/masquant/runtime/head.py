@@ -14,40 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from ..modality import Modality, ModalityState, ModalityTokens
 from ..models import core_of
-from ..quantization import absmax_scale, dequantize_weight, pack, quantize_weight, unpack
-from .linear import GroupInput, LinearSpec, MasquantLinear
-
-HEAD_BITS = 8
+from ..quantization import dequantize_weight, unpack
+from .outer import OUTER_BITS, OuterLinear, packed_bytes
 
 
-class AllText(ModalityState):
-    """The modality of what a head reads: it has no vectors to choose between."""
-
-    def __init__(self) -> None:
-        super().__init__(ModalityTokens((Modality.TEXT,), {}))
-
-    def rows_for(self, x: Tensor) -> Tensor | None:
-        return None
-
-
-class MasquantHead(MasquantLinear):
-    """Logits from 8-bit rows; see `MasquantLinear` for the buffers."""
-
-    def __init__(self, in_features: int, out_features: int, has_bias: bool, dtype: torch.dtype, device: Any) -> None:
-        spec = LinearSpec(in_features, out_features, has_bias, HEAD_BITS, None, 16, False, {}, "bfloat16", None, dtype)
-        super().__init__(spec, AllText(), GroupInput(1), device)
-
-    @torch.no_grad()
-    def fill(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Round a float weight [out, in]."""
-        scale = absmax_scale(weight, HEAD_BITS, None)
-        self.weight_packed.copy_(pack(quantize_weight(weight, scale, HEAD_BITS), HEAD_BITS))
-        self.weight_scale.copy_(scale)
-        self.weight_shape.copy_(torch.tensor([self.out_features, self.in_features]))
-        if self.bias is not None and bias is not None:
-            self.bias.copy_(bias)
+class MasquantHead(OuterLinear):
+    """Logits from 8-bit rows."""
 
 
 class MasquantEmbedding(MasquantHead):
@@ -62,7 +35,7 @@ class MasquantEmbedding(MasquantHead):
         ids = input_ids.reshape(-1)
         packed = self.group.packed
         if packed is None:
-            rows, scale = unpack(self.weight_packed[ids], HEAD_BITS, self.in_features), self.weight_scale[ids]
+            rows, scale = unpack(self.weight_packed[ids], OUTER_BITS, self.in_features), self.weight_scale[ids]
         else:
             rows, scale = packed.take_rows(ids)
         return dequantize_weight(rows, scale).to(self.dtype).reshape(*input_ids.shape, self.embedding_dim)
@@ -144,12 +117,10 @@ def quantize_head(model: PreTrainedModel) -> bool:
 
 def packed_head_bytes(model: nn.Module) -> int:
     """Of the 8-bit embeddings and head as a checkpoint has them; 0 if they are in floating point."""
-    heads = [module for module in model.modules() if isinstance(module, MasquantHead)]
-    return sum(t.numel() * t.element_size() for head in heads for t in head.buffers())
+    return packed_bytes([module for module in model.modules() if isinstance(module, MasquantHead)])
 
 
 __all__ = [
-    "AllText",
     "MasquantEmbedding",
     "MasquantHead",
     "TiedHead",
