@@ -23,7 +23,7 @@ LAYERS = (
     {"original", "generation"},
     {"run"},
     {"pipeline"},
-    {"card", "estimate"},
+    {"card", "checking", "estimate"},
     {"api", "evaluation"},
     {"compare", "demo", "report"},
     {"inspection", "showcase", "conversation", "recording"},

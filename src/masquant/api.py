@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading, saving and checking quantized models."""
+"""Loading, saving and quantizing models on disk."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -14,41 +13,43 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
 
 from .calibration.dataset import Sample
 from .card import model_card
-from .checkpoint.format import QUANT_METHOD, expected_tensors, parse_format
+from .checking import CHECKSUMS, check, resident_bytes, write_checksums
 from .checkpoint.shards import write_model
 from .checkpoint.store import BlockStore, check_output, finished_folder, partial_folder, scratch_folder, write_json
 from .distributed import rank
 from .errors import CheckpointError, MasquantError, ModelError
 from .estimate import Estimate, estimate
 from .integrations.loading import file_digests, first_line, load_any, load_streamed, meta_model, part_writer
-from .integrations.transformers import (
-    adopt,
-    build_quantized_shell,
-    quantized_linears,
-    read_headers,
-    state_of,
-    verify_tensors,
-)
+from .integrations.transformers import adopt, quantized_linears, state_of
 from .modality import override_ids
-from .models import decoder_blocks
 from .pipeline import Calibration, QuantizationReport, quantize_blocks, run_fingerprint
 from .plan import make_plan
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
-from .runtime import MasquantLinear
-from .runtime.head import MasquantHead
+
+__all__ = [
+    "check",
+    "default_memory",
+    "estimate_folder",
+    "load",
+    "load_any",
+    "load_processor",
+    "quantize_folder",
+    "resident_bytes",
+    "routed",
+    "save",
+]
 
 # Files of a model directory that are weights or are written anew; all others are copied along.
 _NOT_COPIED = (".safetensors", ".bin", ".pth", ".gguf", ".index.json")
 _TEXT_FILES = (".json", ".txt", ".jinja", ".model")  # beside the weights: configs, tokenizer, templates
-_WRITTEN = {"checksums.json", "config.json", "README.md", "recipe.yaml", "report.json"}
+_WRITTEN = {CHECKSUMS, "config.json", "README.md", "recipe.yaml", "report.json"}
 SIDE_FILE_BYTES = 200 * 2**20
-CHECKSUMS = "checksums.json"
 SHARD_BYTES = 5 * 10**9
 MEMORY_SHARE = 0.8  # of what the machine has free, which quantizing may take by default
 
@@ -246,34 +247,6 @@ def model_files(weights: Sequence[Path]) -> list[Path]:
     )
 
 
-def write_checksums(folder: Path, config: Path | None = None) -> None:
-    """SHA-256 of the files that say what the model is: its weights and config.json, if that is not elsewhere yet."""
-    files = [config or folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    write_json(folder / CHECKSUMS, file_digests(files, NoProgress()))
-
-
-def verify_checksums(folder: Path) -> None:
-    """Compare a checkpoint's files with its checksums, if it has them (`model.save_pretrained` alone writes none).
-
-    Raises:
-        CheckpointError: a file is missing, or was changed since.
-    """
-    path = folder / CHECKSUMS
-    if not path.exists():
-        return
-    try:
-        wanted = dict(json.loads(path.read_text()))
-        found = file_digests([folder / name for name in wanted], NoProgress())
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be compared: {error}; copy the checkpoint whole") from error
-    changed = [name for name in wanted if found[name] != wanted[name]]
-    if changed:
-        raise CheckpointError(
-            f"{folder / changed[0]} was changed since it was written (its checksum in {CHECKSUMS} differs); copy it "
-            f"again, or delete {CHECKSUMS} if you changed it on purpose"
-        )
-
-
 def write_extras(
     folder: Path,
     processor: Any,
@@ -298,85 +271,3 @@ def copy_side_files(source: Path, folder: Path) -> None:
         small = file.is_file() and file.stat().st_size <= SIDE_FILE_BYTES
         if small and not written and not file.name.endswith(_NOT_COPIED) and not file.name.startswith("."):
             shutil.copy2(file, folder / file.name)
-
-
-def check(path: str | Path) -> dict[str, Any]:
-    """Is a checkpoint folder whole and loadable, and is nothing in floating point that should be low-bit?
-
-    First the configuration and the safetensors headers are compared without reading weights; then the model is loaded
-    and its modules and values are checked.
-
-    Returns:
-        What was found: scheme, numbers of linears, bytes.
-
-    Raises:
-        CheckpointError: naming the first thing that is wrong.
-    """
-    folder = Path(path)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    found = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{folder} is no masquant checkpoint: config.json has no masquant quantization_config")
-    checkpoint = parse_format(found)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no safetensors files")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            named = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} cannot be read: {error}; copy it again") from error
-        missing = named - {f.name for f in files}
-        if missing:
-            raise CheckpointError(f"{folder} lacks the shard {sorted(missing)[0]}")
-    headers = read_headers(files)
-    shell = meta_model(folder)
-    blocks = build_quantized_shell(shell, checkpoint, torch.bfloat16)
-    verify_tensors(headers, expected_tensors(blocks, checkpoint))
-    model = load(folder)
-    left = [
-        f"layers.{i}.{name}"
-        for i, (block, groups) in enumerate(zip(decoder_blocks(model), blocks, strict=True))
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and any(name == p.name for g in groups for p in g.linears)
-    ]
-    if left:
-        raise CheckpointError(f"{left[0]} is in floating point, though the configuration does not ignore it")
-    verify_checksums(folder)
-    return {
-        "scheme": checkpoint.scheme,
-        "quantized_linears": len(quantized_linears(model)),
-        "modalities": [m.value for m in checkpoint.modalities],
-        **resident_bytes(model),
-    }
-
-
-def resident_bytes(model: PreTrainedModel) -> dict[str, int]:
-    """Bytes in memory: of the quantized linears' packed weights (with scales and bias), of their vectors and patches,
-    of 8-bit embeddings and head, and of everything else."""
-    sizes = dict.fromkeys(("packed", "smooth_scale", "compensation", "lm_head"), 0)
-    hidden: dict[int, int] = {}  # what the kernels hold is in no buffer
-    for module in model.modules():
-        if not isinstance(module, MasquantLinear):
-            continue
-        head = isinstance(module, MasquantHead)
-        for name, tensor in module.named_buffers():
-            size = tensor.numel() * tensor.element_size()
-            kind = name if name == "smooth_scale" else "compensation" if name.startswith("compensation") else "packed"
-            sizes["lm_head" if head else kind] += size
-        packed = module.group.packed
-        if packed is not None and module.is_leader:
-            patches = sum(patch.nbytes for patch in packed.patches.values())
-            hidden[id(packed)] = packed.weight_bytes + patches
-            sizes["lm_head" if head else "packed"] += packed.weight_bytes
-            sizes["compensation"] += patches
-    seen: dict[int, int] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr() or id(tensor)] = storage.nbytes()
-    total = sum(seen.values()) + sum(hidden.values())
-    return {**sizes, "float": total - sum(sizes.values())}

@@ -298,7 +298,8 @@ def inspect(
 
     Example: `masquant inspect Qwen/Qwen2.5-Omni-3B --calibration data/calibration --report ranges.html`
     """
-    from .inspection import activation_ranges, checkpoint_memory, is_checkpoint
+    from .checking import is_checkpoint
+    from .inspection import activation_ranges, checkpoint_memory
     from .recipe import Recipe
     from .report import check_target, ranges_content, write_report
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from torch import nn
 from .api import load, load_processor, resident_bytes
 from .calibration.dataset import load_samples
 from .calibration.statistics import describe_ranges
-from .checkpoint.format import QUANT_METHOD
 from .integrations.loading import load_streamed
 from .integrations.transformers import quantized_linears, read_headers
 from .modality import ModalityState
@@ -24,15 +22,6 @@ from .plan import make_plan
 from .progress import AbstractProgress
 from .recipe import Recipe
 from .run import Run
-
-
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether a folder holds a masquant checkpoint."""
-    try:
-        config = json.loads((Path(path) / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
 
 
 def scheme_of(model: nn.Module) -> str:
