@@ -11,6 +11,7 @@ PACKAGE = Path(masquant.__file__).parent
 # From the bottom up; a module may import its own layer and those below.
 LAYERS = (
     {"errors", "version", "progress", "rotation", "distributed"},
+    {"measuring"},
     {"strict", "modality"},
     {"recipe"},
     {"rotation_learning"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +25,7 @@ from .errors import CheckpointError, MasquantError, ModelError
 from .estimate import Estimate, estimate
 from .integrations.loading import file_digests, first_line, load_any, load_streamed, meta_model, part_writer
 from .integrations.transformers import adopt, quantized_linears, state_of
+from .measuring import Stages
 from .modality import override_ids
 from .pipeline import Calibration, QuantizationReport, quantize_blocks, run_fingerprint
 from .plan import make_plan
@@ -106,8 +106,9 @@ def save(
     """
     with finished_folder(output) as folder:
         model.save_pretrained(folder)
-        write_extras(folder, processor, report, source, evaluation)
+        write_extras(folder, processor, report.recipe, source)
         write_checksums(folder)
+        write_record(folder, report, evaluation)
 
 
 def quantize_folder(
@@ -147,23 +148,29 @@ def quantize_folder(
     Raises:
         MasquantError: see its children; nothing is left but the finished blocks.
     """
-    progress = progress or NoProgress()
-    make_plan(meta_model(model, dtype), recipe)  # refuses before anything is read
+    progress, stages = progress or NoProgress(), Stages()
     writes = rank() == 0
-    if writes:
-        check_output(output, overwrite=overwrite, resume=resume)
     work = partial_folder(output)
-    memory = default_memory() if memory is None else memory
-    calibration = Calibration(samples, batch_size, shared=False, memory=memory // 8, folder=work if writes else None)
-    processor = load_processor(model)
+    with stages.timed("reading"):
+        make_plan(meta_model(model, dtype), recipe)  # refuses before anything is read
+        if writes:
+            check_output(output, overwrite=overwrite, resume=resume)
+        memory = default_memory() if memory is None else memory
+        calibration = Calibration(
+            samples, batch_size, shared=False, memory=memory // 8, folder=work if writes else None
+        )
+        processor = load_processor(model)
     with scratch_folder(output) if writes else tempfile.TemporaryDirectory() as converted:
-        blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=Path(converted))
-        fingerprint = run_fingerprint(file_digests(model_files(blocks.files), progress), recipe, calibration)
-        fingerprint |= {"dtype": str(blocks.model.dtype), "device": torch.device(device).type}
-        store = BlockStore(work, fingerprint, resume=resume, write=part_writer(blocks.model)) if writes else None
-        blocks.store = store
+        with stages.timed("reading"):
+            blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=Path(converted))
+            fingerprint = run_fingerprint(file_digests(model_files(blocks.files), progress), recipe, calibration)
+            fingerprint |= {"dtype": str(blocks.model.dtype), "device": torch.device(device).type}
+            store = BlockStore(work, fingerprint, resume=resume, write=part_writer(blocks.model)) if writes else None
+            blocks.store = store
         try:
-            report, _ = quantize_blocks(blocks, processor, calibration, recipe, torch.device(device), progress, store)
+            report, _ = quantize_blocks(
+                blocks, processor, calibration, recipe, torch.device(device), progress, store, stages
+            )
         except MasquantError:
             if store is not None and not store.finished:
                 store.remove()  # nothing to go on with
@@ -172,13 +179,15 @@ def quantize_folder(
         return report
     adopt(blocks.model, report.format)
     with finished_folder(output, work / "finished") as folder:
-        write_model(store.files(), folder, SHARD_BYTES)
-        if blocks.model.can_generate():
-            blocks.model.generation_config.save_pretrained(folder)
-        write_extras(folder, processor, report, Path(model) if Path(model).is_dir() else None)
-        blocks.model.config.save_pretrained(work)  # config.json comes last: without it nothing loads the folder
-        write_checksums(folder, work / "config.json")
-        (work / "config.json").replace(folder / "config.json")
+        with stages.timed("writing"):
+            write_model(store.files(), folder, SHARD_BYTES)
+            if blocks.model.can_generate():
+                blocks.model.generation_config.save_pretrained(folder)
+            write_extras(folder, processor, report.recipe, Path(model) if Path(model).is_dir() else None)
+            blocks.model.config.save_pretrained(folder)
+            write_checksums(folder)
+        report = report.with_cost(stages)
+        write_record(folder, report)
     store.remove()
     return report
 
@@ -199,14 +208,14 @@ def estimate_folder(
     Raises:
         MasquantError: as `quantize_folder`.
     """
-    start = time.monotonic()
-    progress = progress or NoProgress()
-    plan = make_plan(meta_model(model, dtype), recipe)
-    processor = load_processor(model)
+    progress, stages = progress or NoProgress(), Stages()
     memory = default_memory() if memory is None else memory
     with tempfile.TemporaryDirectory() as converted:
-        blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=Path(converted))
-        file_digests(model_files(blocks.files), progress)
+        with stages.timed("reading"):
+            plan = make_plan(meta_model(model, dtype), recipe)
+            processor = load_processor(model)
+            blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=Path(converted))
+            run_fingerprint(file_digests(model_files(blocks.files), progress), recipe, Calibration(samples))
         return estimate(
             blocks,
             plan,
@@ -216,7 +225,7 @@ def estimate_folder(
             batch_size=batch_size,
             device=torch.device(device),
             memory=memory // 8,
-            reading=time.monotonic() - start,
+            stages=stages,
             progress=progress,
         )
 
@@ -247,18 +256,16 @@ def model_files(weights: Sequence[Path]) -> list[Path]:
     )
 
 
-def write_extras(
-    folder: Path,
-    processor: Any,
-    report: QuantizationReport,
-    source: Path | None,
-    evaluation: Mapping[str, Any] | None = None,
-) -> None:
-    """What a checkpoint folder has besides weights and configs."""
+def write_extras(folder: Path, processor: Any, recipe: Recipe, source: Path | None) -> None:
+    """What a checkpoint folder has besides weights and configs, and that says what the model does."""
     processor.save_pretrained(folder)
     if source is not None and source.is_dir():
         copy_side_files(source, folder)
-    (folder / "recipe.yaml").write_text(report.recipe.to_yaml())
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+
+
+def write_record(folder: Path, report: QuantizationReport, evaluation: Mapping[str, Any] | None = None) -> None:
+    """What a checkpoint folder says of its run: record and model card."""
     measured = {} if evaluation is None else {"evaluation": dict(evaluation)}
     write_json(folder / "report.json", {**report.to_dict(), **measured})
     (folder / "README.md").write_text(model_card(report, evaluation), encoding="utf-8")

@@ -119,7 +119,7 @@ def check_index(folder: Path) -> None:
         named = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} cannot be read: {error!r}; copy it again") from error
-    lacking = [shard for shard in named.values() if shard not in {file.name for file in files}]
+    lacking = [shard for shard in named.values() if shard not in [file.name for file in files]]
     if lacking:
         raise CheckpointError(f"{folder} lacks the shard {lacking[0]}, which {INDEX} names; copy it whole")
     different = [name for name in {**held, **named} if held.get(name) != named.get(name)]
@@ -173,10 +173,9 @@ def check_low_bit(model: PreTrainedModel, checkpoint: CheckpointFormat) -> None:
             raise CheckpointError(f"{name} is in floating point, though the configuration does not ignore it")
 
 
-def write_checksums(folder: Path, config: Path | None = None) -> None:
-    """SHA-256 of a checkpoint's files, but for those that `masquant report` adds to; config.json may lie elsewhere."""
+def write_checksums(folder: Path) -> None:
+    """SHA-256 of a checkpoint's files, but for those that `masquant report` adds to."""
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in _REWRITTEN]
-    files += [config] if config is not None else []
     write_json(folder / CHECKSUMS, file_digests(files, NoProgress()))
 
 

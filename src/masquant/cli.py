@@ -528,7 +528,7 @@ def chat(
         return
     answer = conversation.say(prompt)
     if as_json:
-        from .run import peak_memory
+        from .measuring import peak_memory
 
         _print_json(
             {
