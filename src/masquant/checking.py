@@ -144,7 +144,7 @@ def check_values(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]])
     opened = {file: TensorFile(file) for file in {file for file, _ in places.values()}}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, MasquantLinear)}
     for name, (file, stored) in sorted(places.items(), key=lambda place: place[1]):
-        owner = next((o for o in _owners(name) if o in linears), None)
+        owner = next((o for o in owners(name) if o in linears), None)
         tensor = opened[file].read(stored)
         if owner is not None:
             check_tensor(stored, name.removeprefix(f"{owner}."), tensor, linears[owner])
@@ -155,7 +155,7 @@ def check_values(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]])
         del tensor
 
 
-def _owners(name: str) -> list[str]:
+def owners(name: str) -> list[str]:
     """Names of the modules that a tensor may belong to: "a.b" and "a" of "a.b.c"."""
     parts = name.split(".")
     return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
