@@ -139,9 +139,10 @@ def check_values(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]])
         places: per tensor of it, file and name there.
 
     Raises:
-        CheckpointError: as `check_tensor`; or NaN or infinity in any other tensor.
+        CheckpointError: as `check_tensor`; or NaN or infinity in any other parameter.
     """
     opened = {file: TensorFile(file) for file in {file for file, _ in places.values()}}
+    parameters = {name for name, _ in model.named_parameters()}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, MasquantLinear)}
     for name, (file, stored) in sorted(places.items(), key=lambda place: place[1]):
         owner = next((o for o in owners(name) if o in linears), None)
@@ -150,8 +151,10 @@ def check_values(model: PreTrainedModel, places: Mapping[str, tuple[Path, str]])
             check_tensor(stored, name.removeprefix(f"{owner}."), tensor, linears[owner])
         elif name.rpartition(".")[2] == LEARNED_ROTATION:
             check_orthogonal(tensor)
-        else:
+        elif name in parameters:
             check_finite(stored, tensor)
+        elif bool(tensor.isnan().any()):  # infinity in a buffer may be the model's own, such as a bound that is none
+            raise CheckpointError(f"{stored} holds values that are none")
         del tensor
 
 

@@ -258,19 +258,25 @@ def _show_description(found: Description) -> None:
 
     method = f", {found.method}" if found.method else ""
     table = Table(title=f"{found.family}: {found.blocks} blocks, {found.scheme}{method}")
-    for column in ("group", "blocks", "bits", "inputs", "group size", "patches (rank)", "before", "after"):
+    for column in ("group", "blocks", "bits", "inputs", "size", "ranks of patches", "before", "after"):
         table.add_column(column, justify="right" if column in ("before", "after") else "left")
     details: dict[str, None] = {}
     for row in found.groups:
         many = "" if row.groups == len(row.blocks) else f" ({row.groups} groups)"
         patches = ", ".join(f"{name} {rank}" for name, rank in row.patches.items())
         bits = str(row.weight_bits), str(row.activation_bits), str(row.group_size)
-        sizes = _bytes(row.before), _bytes(row.after)
-        table.add_row(row.group, ranges_of(row.blocks) + many, *bits, patches or "none", *sizes)
+        table.add_row(
+            row.group,
+            ranges_of(row.blocks) + many,
+            *bits,
+            patches or "none",
+            _bytes(row.before),
+            _bytes(row.after),
+        )
         outs = ", ".join(map(str, row.out_features))
         details[
             f"{row.group}: {', '.join(row.linears)} ({row.in_features} -> {outs}); text's vector: {row.text_vector}; "
-            f"other modalities': {row.own_vectors}; rotated: {', '.join(row.rotated) or 'nothing'}"
+            f"vectors of other modalities: {row.own_vectors}; rotated: {', '.join(row.rotated) or 'nothing'}"
         ] = None
     console = Console()
     console.print(table)

@@ -403,7 +403,7 @@ def describe_checkpoint(path: str | Path) -> Description:
     family = family_of(shell.config)
     with tempfile.TemporaryDirectory() as converted:
         model, places = load_on_disk(folder, Path(converted))
-    stored = _stored_bytes(model, places)
+        stored = _stored_bytes(model, places)
     path = next(name for name, module in model.named_modules() if module is decoder_of(model))
     record, notes = _record(folder)
     itemsize = model.dtype.itemsize

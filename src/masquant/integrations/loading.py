@@ -74,7 +74,7 @@ def meta_model(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
     _check_depth(config.to_dict(), path)
     try:
         with torch.device("meta"):
-            return model_class(config, path)(config).to(chosen or torch.float32)
+            return model_class(config, path)._from_config(config, dtype=chosen or torch.float32)
     except ModelError:
         raise
     except Exception as error:  # sizes that do not fit together fail anywhere
