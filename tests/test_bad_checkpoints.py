@@ -358,6 +358,10 @@ class World:
             index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
             target = r.choice(("pytorch_model.bin.index.json", "model.safetensors.index.json"))
             (folder / target).write_text(json.dumps(index))
+        if name.startswith("adapter"):
+            (folder / "adapter_config.json").write_text(
+                json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]})
+            )
         try:
             if source is self.out:
                 masquant.check(folder)
@@ -474,6 +478,24 @@ def test_no_pickle_is_ever_loaded(tmp_path: Path) -> None:
     with pytest.raises(MasquantError):
         masquant.load(model)
     assert not (tmp_path / "boom").exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_code_of_a_model_folder_is_ever_run(tmp_path: Path) -> None:
+    """Nor is anybody asked whether it should be."""
+    model = tmp_path / "model"
+    tiny_model(FAMILY).save_pretrained(model)
+    tiny_processor(FAMILY).save_pretrained(model)
+    (model / "own.py").write_text(f"open({str(tmp_path / 'boom')!r}, 'w')\nclass Own: pass\n")
+    for name, kind in (("config.json", "AutoConfig"), ("processor_config.json", "AutoProcessor")):
+        content = json.loads((model / name).read_text())
+        changes = {"model_type": "own"} if kind == "AutoConfig" else {"processor_class": "Own"}
+        (model / name).write_text(json.dumps({**content, **changes, "auto_map": {kind: "own.Own"}}))
+    with pytest.raises(MasquantError, match="cannot read a model config"):
+        meta_model(model)
+    with pytest.raises(MasquantError, match="cannot read a processor"):
+        load_processor(model)
+    assert not (tmp_path / "boom").exists()
 
 
 if __name__ == "__main__":

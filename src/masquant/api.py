@@ -242,7 +242,7 @@ def load_processor(path: str | Path) -> Any:
         ModelError: transformers cannot read it.
     """
     try:
-        return AutoProcessor.from_pretrained(path)
+        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a broken file makes transformers raise nearly anything
         raise ModelError(f"cannot read a processor from {path}: {first_line(error)}") from error
 

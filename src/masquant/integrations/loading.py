@@ -28,6 +28,7 @@ from ..models import FAMILIES, decoder_blocks, decoder_of, linearize
 from ..progress import AbstractProgress
 
 MOST_LAYERS = 1000
+ADAPTER = "adapter_config.json"
 _HASHED_BYTES = 16 * 2**20
 
 
@@ -43,7 +44,7 @@ def read_config(path: str | Path) -> Any:
         ModelError: there is none that transformers reads.
     """
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a malformed config makes transformers raise nearly anything
         raise ModelError(f"cannot read a model config from {path}: {first_line(error)}") from error
 
@@ -108,6 +109,8 @@ def load_any(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     config = read_config(path)
     chosen = model_class(config, path)
+    if (Path(path) / ADAPTER).is_file():  # transformers would load it on the way, pickled or not
+        raise ModelError(f"{path} has an adapter ({ADAPTER}), which is not read; merge it into the weights first")
     _check_size(path, meta_model(path))
     options = {"dtype": "auto", "use_safetensors": True, **kwargs}
     try:
