@@ -55,8 +55,9 @@ def model_class(config: Any, path: str | Path) -> type[PreTrainedModel]:
     Raises:
         ModelError: transformers has no such class.
     """
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
+    names = config.architectures if isinstance(config.architectures, list | tuple) else ()
+    for name in names:
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     raise ModelError(
