@@ -251,7 +251,7 @@ def estimate(
         batch_size, device: of the run.
         memory: as `pipeline.Calibration` has it.
         stages: seconds of what came before: loading, hashing.
-        progress: receives notes.
+        progress: receives the blocks that are tried.
 
     Raises:
         DataError: there are no samples.
@@ -293,7 +293,7 @@ def estimate(
             run = _try_rotations(trial, Run(first, recipe, few, state, inputs, device, [], NoProgress()), kinds, ratio)
             run.held_back = held & {sample.id for sample in chosen}
             run.gradients, run.moment_bytes = gradients, memory
-            _try_blocks(trial, run, kinds, ratio, store)
+            _try_blocks(trial, run, kinds, ratio, store, progress)
         output = _try_writing(trial, store, kinds, Path(folder) / "out")
     peaks, spilled = _grown(trial.peaks, inputs, recipe, ratio, len(kinds), count, memory)
     return Estimate(
@@ -351,13 +351,17 @@ def _block_seconds(run: Run, work: Callable[[], object], ratio: float) -> float:
     return scaled(run.stages.seconds, ratio)
 
 
-def _try_blocks(trial: Trial, run: Run, kinds: Sequence[Any], ratio: float, store: BlockStore) -> None:
+def _try_blocks(
+    trial: Trial, run: Run, kinds: Sequence[Any], ratio: float, store: BlockStore, progress: AbstractProgress
+) -> None:
     """Quantize the first blocks."""
     if run.recipe.budget is not None:
         run.progress = clock = Clock()
         run.spend()
         trial.expect("losses", ratio * for_all_blocks(clock.seconds["expecting losses"], kinds))
-    taken = [_block_seconds(run, partial(run.block, index, store), ratio) for index in range(len(run.plan.blocks))]
+    count = len(run.plan.blocks)
+    indices = progress.track(range(count), "trying blocks", count, "block")
+    taken = [_block_seconds(run, partial(run.block, index, store), ratio) for index in indices]
     trial.expect("blocks", for_all_blocks(taken, kinds))
 
 
@@ -392,9 +396,11 @@ def _grown(
     more = int(max(bound - hidden, 0) + calls * (ratio - 1))
     states = int(min((blocks + 1) * bound, SPILLED_STATE_BYTES if memory is None else memory))
     found = dict(peaks)
-    for stage, sets in (("inputs", 1), ("gradients", 1), ("head", 1), ("blocks", 2)):
+    learned = recipe.smoothing.learned
+    sets = 3 if learned is not None and learned.target == "float_chain" else 2  # inputs, targets, the float chain
+    for stage, others in (("inputs", 0), ("gradients", 0), ("head", 0), ("blocks", sets - 1)):
         if stage in found:
-            found[stage] += more + (sets - 1) * int(max(bound - hidden, 0))
+            found[stage] += more + others * int(max(bound - hidden, 0))
     if "gradients" in found:
         found["gradients"] += max(states - (tried + 1) * hidden, 0)
     return found, int(2 * max(hidden * ratio - bound, 0))
