@@ -122,8 +122,7 @@ def test_dry_run_writes_nothing(world: Path) -> None:
     assert "group size 64 where 128 does not divide 64" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["inspect", "dry-run", "quantize"])
-@pytest.mark.parametrize("where", ["flag", "recipe"])
+@pytest.mark.parametrize(("command", "where"), [("inspect", "flag"), ("dry-run", "recipe"), ("quantize", "recipe")])
 def test_an_ignore_pattern_that_matches_nothing_is_refused(world: Path, command: str, where: str) -> None:
     (world / "typo.yaml").write_text("preset: rtn\nignore: ['re:layers\\.0\\.mpl']\n")
     pattern = ["--ignore", r"re:layers\.0\.mpl"] if where == "flag" else ["--recipe", "typo.yaml"]
