@@ -11,6 +11,7 @@ PACKAGE = Path(masquant.__file__).parent
 # From the bottom up; a module may import its own layer and those below.
 LAYERS = (
     {"errors", "version", "progress", "rotation", "distributed"},
+    {"measuring"},
     {"strict", "modality"},
     {"recipe"},
     {"rotation_learning"},
@@ -23,7 +24,7 @@ LAYERS = (
     {"original", "generation"},
     {"run"},
     {"pipeline"},
-    {"card", "estimate"},
+    {"card", "checking", "estimate"},
     {"api", "evaluation"},
     {"compare", "demo", "report"},
     {"inspection", "showcase", "conversation", "recording"},

@@ -79,23 +79,49 @@ def test_quantize_writes_a_whole_folder(world: Path, out: Path) -> None:
 
 def test_check_and_inspect(world: Path, out: Path) -> None:
     assert "whole; W4A8, 14 quantized linears" in masquant(world, "check", "out").stdout
-    found = json.loads(masquant(world, "inspect", "out", "--json").stdout)
-    assert found["packed_in_memory"] <= 1.05 * found["packed_on_disk"]
-    assert found["modalities"] == ["text", "vision", "audio"]
-    plan = json.loads(masquant(world, "inspect", "model", "--json").stdout)
+    found = json.loads(masquant(world, "inspect", "out", "--json", "-").stdout)
+    assert found["memory"]["packed_in_memory"] <= 1.05 * found["memory"]["packed_on_disk"]
+    assert found["modalities"] == ["text", "vision", "audio"] and found["method"] == "masquant"
+    shown = masquant(world, "inspect", "out", "--json", "found.json").stdout
+    assert "quantized linears:" in shown and json.loads((world / "found.json").read_text()) == found
+    plan = json.loads(masquant(world, "inspect", "model", "--json", "-").stdout)
     assert plan["blocks"] == 2 and [g["group"] for g in plan["groups"]] == ["qkv", "o", "gate_up", "down"]
     assert "decoder linears" in masquant(world, "inspect", "model").stdout
-    ranges = json.loads(masquant(world, "inspect", "model", "--calibration", "data", "--json", "-q").stdout)
-    assert len(ranges) == 8
+    done = masquant(
+        world, "inspect", "model", "--calibration", "data", "--estimate", "--method", "rtn", "--json", "-", "-q"
+    )
+    shown_all = json.loads(done.stdout)
+    ranges = shown_all["ranges"]
+    assert len(ranges) == 8 and shown_all["method"] == "rtn"
     assert all(r["absmax"][m] > 0 for r in ranges for m in ("text", "vision", "audio"))
     assert all(db <= 1e-9 for r in ranges for db in r["misalignment_db"].values())
+    assert {"seconds", "peak_memory", "disk_bytes", "stages"} <= set(shown_all["estimate"])
+
+
+def test_inspect_and_dry_run_plan_what_quantize_does(world: Path, out: Path) -> None:
+    """The plan's bytes before and after, and its groups, are those of the checkpoint."""
+    flags = ("--method", "rtn", "--group-size", "32", "--ignore", "layers.1.mlp.down_proj", "--quantize-lm-head", "-q")
+    plan = json.loads(masquant(world, "inspect", "model", *flags, "--json", "-").stdout)
+    arguments = ("quantize", "model", "-o", "ignoring", "--calibration", "data", *flags)
+    dry = json.loads(masquant(world, *arguments, "--dry-run", "--json").stdout)
+    estimate = dry.pop("estimate")
+    assert dry == plan and estimate["seconds"] > 0
+    masquant(world, *arguments)
+    found = json.loads(masquant(world, "inspect", "ignoring", "--json", "-").stdout)
+    assert found["bytes"] == plan["bytes"]
+    keys = ("group", "blocks", "linears", "weight_bits", "activation_bits", "group_size", "before", "after")
+    assert [[g[k] for k in keys] for g in found["groups"]] == [[g[k] for k in keys] for g in plan["groups"]]
+    assert found["skipped"] == plan["skipped"]
+    ignored = plan["skipped"][0]
+    assert ignored["name"] == "mlp.down_proj of blocks 1" and "layers.1.mlp.down_proj" in ignored["reason"]
+    assert [g["blocks"] for g in plan["groups"] if g["group"] == "down"] == [[0]]
 
 
 def test_dry_run_writes_nothing(world: Path) -> None:
     done = masquant(world, "quantize", "model", "-o", "dry", "--calibration", "data", "--dry-run")
     assert "W4A8" in done.stdout and not (world / "dry").exists() and not (world / "dry.partial").exists()
-    assert "self_attn.v_proj" in done.stdout and "lm_head: outside of the blocks" in done.stdout
-    assert "will take about" in done.stdout and "of memory; tried on" in done.stdout
+    assert "self_attn.v_proj" in done.stdout and "outside of the blocks; --quantize-lm-head" in done.stdout
+    assert "quantizing will take about" in done.stdout and "of disk" in done.stdout
     assert "group size 64 where 128 does not divide 64" in done.stdout
 
 
@@ -109,27 +135,74 @@ def test_encoders_are_quantized_where_asked(world: Path) -> None:
         assert not done.exception, done.output
         return str(done.stdout)
 
-    plan = json.loads(run("inspect", "model", "--quantize-encoders", "--json"))
+    def skipped(found: dict[str, Any], name: str) -> dict[str, Any]:
+        return next(entry for entry in found["skipped"] if entry["name"] == name)
+
+    plan = json.loads(run("inspect", "model", "--quantize-encoders", "--json", "-"))
     assert plan["encoders"] == {"vision": "W8A8", "audio": "W8A16"}
-    assert "visual" not in plan["not_quantized"] and plan["not_quantized"]["convolutions"] == "no linear"
-    plain = json.loads(run("inspect", "model", "--json"))
-    assert plain["encoders"] == {} and plain["not_quantized"]["visual"] == "an encoder"
-    assert plain["bytes"]["kept"] == plan["bytes"]["kept"] + plan["bytes"]["encoders_before"]
+    plain = json.loads(run("inspect", "model", "--json", "-"))
+    assert plain["encoders"] == {} and "--quantize-encoders" in skipped(plain, "visual")["reason"]
+    assert 0 < skipped(plan, "visual")["bytes"] < 0.2 * skipped(plain, "visual")["bytes"]
+    assert plain["bytes"]["encoders"]["before"] == plain["bytes"]["encoders"]["after"]
+    assert plan["bytes"]["encoders"]["after"] < 0.6 * plan["bytes"]["encoders"]["before"]
     common = ("--quantize-encoders", "--group-size", "32", "--calibration", "data", "-q")
     dry = run("quantize", "model", "-o", "encoders", "--method", "rtn", "--dry-run", *common)
-    assert "vision encoder: linears in W8A8" in dry and "encoders' linears" in dry and "will take about" in dry
+    assert "vision encoder: linears in W8A8" in dry and "will take about" in dry
     run("quantize", "model", "-o", "encoders", "--method", "rtn", *common)
     assert "encoders:\n  vision: W8A8\n  audio: W8A16\n" in (world / "encoders" / "recipe.yaml").read_text()
     count = json.loads(run("check", "encoders", "--json"))["encoder_linears"]
     assert f"quantized linears and {count} in encoders" in run("check", "encoders")
-    found = json.loads(run("inspect", "encoders", "--json"))
+    checkpoint = json.loads(run("inspect", "encoders", "--json", "-"))
+    found = checkpoint["memory"]
     assert found["encoders"] > 0 and found["packed_in_memory"] <= 1.05 * found["packed_on_disk"]
-    assert "8-bit linears of encoders" in run("inspect", "encoders")
+    assert checkpoint["encoders"] == plan["encoders"]
+    assert checkpoint["bytes"]["encoders"] == plan["bytes"]["encoders"]
+    assert skipped(checkpoint, "visual") == skipped(plan, "visual")
+    assert "audio encoder: linears in W8A16" in run("inspect", "encoders")
     file = str(world / "encoders.json")
     run("compare", "model", "--methods", "rtn", *common, "--data", "data", "--no-generate", "--json", file)
     bytes_of = json.loads(Path(file).read_text())["methods"]["rtn"]["bytes"]
     resident = found["float"] + found["lm_head"] + found["encoders"]
     assert bytes_of["float"] == pytest.approx(resident, rel=0.02)
+
+
+@pytest.mark.parametrize(("command", "where"), [("inspect", "flag"), ("dry-run", "recipe"), ("quantize", "recipe")])
+def test_an_ignore_pattern_that_matches_nothing_is_refused(world: Path, command: str, where: str) -> None:
+    (world / "typo.yaml").write_text("preset: rtn\nignore: ['re:layers\\.0\\.mpl']\n")
+    pattern = ["--ignore", r"re:layers\.0\.mpl"] if where == "flag" else ["--recipe", "typo.yaml"]
+    arguments = ["inspect", "model", *pattern]
+    if command != "inspect":
+        arguments = ["quantize", "model", "-o", "x", "--calibration", "data", *pattern]
+    done = masquant(world, *arguments, *(["--dry-run"] if command == "dry-run" else []), code=1)
+    assert done.stderr.startswith("error: ignore pattern 're:layers") and "matches none of the linears" in done.stderr
+    assert not (world / "x").exists() and not (world / "x.partial").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "dry-run", "quantize"])
+def test_a_linear_in_no_group_is_refused(world: Path, command: str) -> None:
+    """A model whose blocks have a linear more than its family knows."""
+    arguments = ["inspect", "model"]
+    if command != "inspect":
+        arguments = ["quantize", "model", "-o", "x", "--calibration", "data"]
+    script = (
+        "import sys, torch\n"
+        "from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as m\n"
+        "layer = m.Qwen2_5OmniDecoderLayer\n"
+        "class Wider(layer):\n"
+        "    def __init__(self, *args, **kwargs):\n"
+        "        super().__init__(*args, **kwargs)\n"
+        "        self.adapter = torch.nn.Linear(8, 8)\n"
+        "m.Qwen2_5OmniDecoderLayer = Wider\n"
+        "from masquant.cli import main\n"
+        f"sys.argv = {['masquant', *arguments, *(['--dry-run'] if command == 'dry-run' else [])]!r}\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=world, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr == "error: layers.0.adapter belongs to no linear group of Qwen2.5-Omni (thinker)\n"
+    assert not (world / "x").exists() and not (world / "x.partial").exists()
 
 
 def test_evaluate(world: Path, out: Path) -> None:
@@ -198,6 +271,8 @@ def test_bad_data_leaves_nothing(world: Path, row: Any, message: str) -> None:
         (["check", "model"], 1, "is no masquant checkpoint"),
         (["check", "nowhere"], 1, "cannot be read"),
         (["frobnicate"], 2, "No such command"),
+        (["inspect", "model", "--estimate"], 1, "give --calibration too"),
+        (["inspect", "nowhere"], 1, "cannot read a model config"),
     ],
 )
 def test_mistakes(world: Path, args: list[str], code: int, message: str) -> None:

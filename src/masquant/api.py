@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading, saving and checking quantized models."""
+"""Loading, saving and quantizing models on disk."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,43 +12,44 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
 
 from .calibration.dataset import Sample
 from .card import model_card
-from .checkpoint.format import QUANT_METHOD, expected_tensors, parse_format
+from .checking import CHECKSUMS, check, resident_bytes, write_checksums
 from .checkpoint.shards import write_model
 from .checkpoint.store import BlockStore, check_output, finished_folder, partial_folder, scratch_folder, write_json
 from .distributed import rank
 from .errors import CheckpointError, MasquantError, ModelError
 from .estimate import Estimate, estimate
 from .integrations.loading import file_digests, first_line, load_any, load_streamed, meta_model, part_writer
-from .integrations.transformers import (
-    adopt,
-    build_quantized_shell,
-    encoder_modules,
-    quantized_linears,
-    read_headers,
-    state_of,
-    verify_checkpoint,
-)
+from .integrations.transformers import adopt, quantized_linears, state_of
+from .measuring import Stages
 from .modality import override_ids
-from .models import decoder_blocks
 from .pipeline import Calibration, QuantizationReport, quantize_blocks, run_fingerprint
 from .plan import make_plan
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
-from .runtime import MasquantLinear
-from .runtime.head import MasquantHead
-from .runtime.outer import OuterLinear
+
+__all__ = [
+    "check",
+    "default_memory",
+    "estimate_folder",
+    "load",
+    "load_any",
+    "load_processor",
+    "quantize_folder",
+    "resident_bytes",
+    "routed",
+    "save",
+]
 
 # Files of a model directory that are weights or are written anew; all others are copied along.
 _NOT_COPIED = (".safetensors", ".bin", ".pth", ".gguf", ".index.json")
 _TEXT_FILES = (".json", ".txt", ".jinja", ".model")  # beside the weights: configs, tokenizer, templates
-_WRITTEN = {"checksums.json", "config.json", "README.md", "recipe.yaml", "report.json"}
+_WRITTEN = {CHECKSUMS, "config.json", "README.md", "recipe.yaml", "report.json"}
 SIDE_FILE_BYTES = 200 * 2**20
-CHECKSUMS = "checksums.json"
 SHARD_BYTES = 5 * 10**9
 MEMORY_SHARE = 0.8  # of what the machine has free, which quantizing may take by default
 
@@ -107,8 +106,9 @@ def save(
     """
     with finished_folder(output) as folder:
         model.save_pretrained(folder)
-        write_extras(folder, processor, report, source, evaluation)
+        write_extras(folder, processor, report.recipe, source)
         write_checksums(folder)
+        write_record(folder, report, evaluation)
 
 
 def quantize_folder(
@@ -148,23 +148,29 @@ def quantize_folder(
     Raises:
         MasquantError: see its children; nothing is left but the finished blocks.
     """
-    progress = progress or NoProgress()
-    make_plan(meta_model(model, dtype), recipe)  # refuses before anything is read
+    progress, stages = progress or NoProgress(), Stages()
     writes = rank() == 0
-    if writes:
-        check_output(output, overwrite=overwrite, resume=resume)
     work = partial_folder(output)
-    memory = default_memory() if memory is None else memory
-    calibration = Calibration(samples, batch_size, shared=False, memory=memory // 8, folder=work if writes else None)
-    processor = load_processor(model)
+    with stages.timed("reading"):
+        make_plan(meta_model(model, dtype), recipe)  # refuses before anything is read
+        if writes:
+            check_output(output, overwrite=overwrite, resume=resume)
+        memory = default_memory() if memory is None else memory
+        calibration = Calibration(
+            samples, batch_size, shared=False, memory=memory // 8, folder=work if writes else None
+        )
+        processor = load_processor(model)
     with scratch_folder(output) if writes else tempfile.TemporaryDirectory() as converted:
-        blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=Path(converted))
-        fingerprint = run_fingerprint(file_digests(model_files(blocks.files), progress), recipe, calibration)
-        fingerprint |= {"dtype": str(blocks.model.dtype), "device": torch.device(device).type}
-        store = BlockStore(work, fingerprint, resume=resume, write=part_writer(blocks.model)) if writes else None
-        blocks.store = store
+        with stages.timed("reading"):
+            blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=Path(converted))
+            fingerprint = run_fingerprint(file_digests(model_files(blocks.files), progress), recipe, calibration)
+            fingerprint |= {"dtype": str(blocks.model.dtype), "device": torch.device(device).type}
+            store = BlockStore(work, fingerprint, resume=resume, write=part_writer(blocks.model)) if writes else None
+            blocks.store = store
         try:
-            report, _ = quantize_blocks(blocks, processor, calibration, recipe, torch.device(device), progress, store)
+            report, _ = quantize_blocks(
+                blocks, processor, calibration, recipe, torch.device(device), progress, store, stages
+            )
         except MasquantError:
             if store is not None and not store.finished:
                 store.remove()  # nothing to go on with
@@ -173,13 +179,15 @@ def quantize_folder(
         return report
     adopt(blocks.model, report.format)
     with finished_folder(output, work / "finished") as folder:
-        write_model(store.files(), folder, SHARD_BYTES)
-        if blocks.model.can_generate():
-            blocks.model.generation_config.save_pretrained(folder)
-        write_extras(folder, processor, report, Path(model) if Path(model).is_dir() else None)
-        blocks.model.config.save_pretrained(work)  # config.json comes last: without it nothing loads the folder
-        write_checksums(folder, work / "config.json")
-        (work / "config.json").replace(folder / "config.json")
+        with stages.timed("writing"):
+            write_model(store.files(), folder, SHARD_BYTES)
+            if blocks.model.can_generate():
+                blocks.model.generation_config.save_pretrained(folder)
+            write_extras(folder, processor, report.recipe, Path(model) if Path(model).is_dir() else None)
+            blocks.model.config.save_pretrained(folder)
+            write_checksums(folder)
+        report = report.with_cost(stages)
+        write_record(folder, report)
     store.remove()
     return report
 
@@ -200,14 +208,14 @@ def estimate_folder(
     Raises:
         MasquantError: as `quantize_folder`.
     """
-    start = time.monotonic()
-    progress = progress or NoProgress()
-    plan = make_plan(meta_model(model, dtype), recipe)
-    processor = load_processor(model)
+    progress, stages = progress or NoProgress(), Stages()
     memory = default_memory() if memory is None else memory
     with tempfile.TemporaryDirectory() as converted:
-        blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=Path(converted))
-        file_digests(model_files(blocks.files), progress)
+        with stages.timed("reading"):
+            plan = make_plan(meta_model(model, dtype), recipe)
+            processor = load_processor(model)
+            blocks = load_streamed(model, dtype=dtype, device=torch.device(device), folder=Path(converted))
+            run_fingerprint(file_digests(model_files(blocks.files), progress), recipe, Calibration(samples))
         return estimate(
             blocks,
             plan,
@@ -217,7 +225,7 @@ def estimate_folder(
             batch_size=batch_size,
             device=torch.device(device),
             memory=memory // 8,
-            reading=time.monotonic() - start,
+            stages=stages,
             progress=progress,
         )
 
@@ -234,7 +242,7 @@ def load_processor(path: str | Path) -> Any:
         ModelError: transformers cannot read it.
     """
     try:
-        return AutoProcessor.from_pretrained(path)
+        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a broken file makes transformers raise nearly anything
         raise ModelError(f"cannot read a processor from {path}: {first_line(error)}") from error
 
@@ -248,46 +256,16 @@ def model_files(weights: Sequence[Path]) -> list[Path]:
     )
 
 
-def write_checksums(folder: Path, config: Path | None = None) -> None:
-    """SHA-256 of the files that say what the model is: its weights and config.json, if that is not elsewhere yet."""
-    files = [config or folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    write_json(folder / CHECKSUMS, file_digests(files, NoProgress()))
-
-
-def verify_checksums(folder: Path) -> None:
-    """Compare a checkpoint's files with its checksums, if it has them (`model.save_pretrained` alone writes none).
-
-    Raises:
-        CheckpointError: a file is missing, or was changed since.
-    """
-    path = folder / CHECKSUMS
-    if not path.exists():
-        return
-    try:
-        wanted = dict(json.loads(path.read_text()))
-        found = file_digests([folder / name for name in wanted], NoProgress())
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be compared: {error}; copy the checkpoint whole") from error
-    changed = [name for name in wanted if found[name] != wanted[name]]
-    if changed:
-        raise CheckpointError(
-            f"{folder / changed[0]} was changed since it was written (its checksum in {CHECKSUMS} differs); copy it "
-            f"again, or delete {CHECKSUMS} if you changed it on purpose"
-        )
-
-
-def write_extras(
-    folder: Path,
-    processor: Any,
-    report: QuantizationReport,
-    source: Path | None,
-    evaluation: Mapping[str, Any] | None = None,
-) -> None:
-    """What a checkpoint folder has besides weights and configs."""
+def write_extras(folder: Path, processor: Any, recipe: Recipe, source: Path | None) -> None:
+    """What a checkpoint folder has besides weights and configs, and that says what the model does."""
     processor.save_pretrained(folder)
     if source is not None and source.is_dir():
         copy_side_files(source, folder)
-    (folder / "recipe.yaml").write_text(report.recipe.to_yaml())
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+
+
+def write_record(folder: Path, report: QuantizationReport, evaluation: Mapping[str, Any] | None = None) -> None:
+    """What a checkpoint folder says of its run: record and model card."""
     measured = {} if evaluation is None else {"evaluation": dict(evaluation)}
     write_json(folder / "report.json", {**report.to_dict(), **measured})
     (folder / "README.md").write_text(model_card(report, evaluation), encoding="utf-8")
@@ -300,91 +278,3 @@ def copy_side_files(source: Path, folder: Path) -> None:
         small = file.is_file() and file.stat().st_size <= SIDE_FILE_BYTES
         if small and not written and not file.name.endswith(_NOT_COPIED) and not file.name.startswith("."):
             shutil.copy2(file, folder / file.name)
-
-
-def check(path: str | Path) -> dict[str, Any]:
-    """Is a checkpoint folder whole and loadable, and is nothing in floating point that should be low-bit?
-
-    First the configuration and the safetensors headers are compared without reading weights; then the model is loaded
-    and its modules and values are checked.
-
-    Returns:
-        What was found: scheme, numbers of linears, bytes.
-
-    Raises:
-        CheckpointError: naming the first thing that is wrong.
-    """
-    folder = Path(path)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    found = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{folder} is no masquant checkpoint: config.json has no masquant quantization_config")
-    checkpoint = parse_format(found)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no safetensors files")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            named = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} cannot be read: {error}; copy it again") from error
-        missing = named - {f.name for f in files}
-        if missing:
-            raise CheckpointError(f"{folder} lacks the shard {sorted(missing)[0]}")
-    headers = read_headers(files)
-    shell = meta_model(folder)
-    blocks = build_quantized_shell(shell, checkpoint, torch.bfloat16)
-    verify_checkpoint(headers, shell, expected_tensors(blocks, checkpoint))
-    model = load(folder)
-    left = [
-        f"layers.{i}.{name}"
-        for i, (block, groups) in enumerate(zip(decoder_blocks(model), blocks, strict=True))
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and any(name == p.name for g in groups for p in g.linears)
-    ]
-    left += [
-        path for path, module in encoder_modules(shell).items() if type(model.get_submodule(path)) is not type(module)
-    ]
-    if left:
-        raise CheckpointError(f"{left[0]} is in floating point, though the configuration does not ignore it")
-    verify_checksums(folder)
-    return {
-        "scheme": checkpoint.scheme,
-        "quantized_linears": len(quantized_linears(model)),
-        "encoder_linears": len(encoder_modules(model)),
-        "modalities": [m.value for m in checkpoint.modalities],
-        **resident_bytes(model),
-    }
-
-
-def resident_bytes(model: PreTrainedModel) -> dict[str, int]:
-    """Bytes in memory: of the quantized linears' packed weights (with scales and bias), of their vectors and patches,
-    of 8-bit embeddings and head, of encoders' 8-bit linears, and of everything else."""
-    sizes = dict.fromkeys(("packed", "smooth_scale", "compensation", "lm_head", "encoders"), 0)
-    hidden: dict[int, int] = {}  # what the kernels hold is in no buffer
-    for module in model.modules():
-        if not isinstance(module, MasquantLinear):
-            continue
-        outer = (
-            "lm_head" if isinstance(module, MasquantHead) else "encoders" if isinstance(module, OuterLinear) else ""
-        )
-        for name, tensor in module.named_buffers():
-            size = tensor.numel() * tensor.element_size()
-            kind = name if name == "smooth_scale" else "compensation" if name.startswith("compensation") else "packed"
-            sizes[outer or kind] += size
-        packed = module.group.packed
-        if packed is not None and module.is_leader:
-            patches = sum(patch.nbytes for patch in packed.patches.values())
-            hidden[id(packed)] = packed.weight_bytes + patches
-            sizes[outer or "packed"] += packed.weight_bytes
-            sizes["compensation"] += patches
-    seen: dict[int, int] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr() or id(tensor)] = storage.nbytes()
-    total = sum(seen.values()) + sum(hidden.values())
-    return {**sizes, "float": total - sum(sizes.values())}

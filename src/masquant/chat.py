@@ -17,8 +17,8 @@ from .conversation import Answer, Message, Part, Responder, Sampling
 from .demo import cache_directory
 from .errors import DataError, MasquantError
 from .evaluation import human_bytes
+from .measuring import peak_memory
 from .recording import record
-from .run import peak_memory
 
 _EMBEDDINGS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 HELP = """\

@@ -7,9 +7,10 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -18,6 +19,12 @@ from rich.table import Table
 from .errors import DataError, MasquantError, RecipeError
 from .progress import AbstractProgress, NoProgress, RichProgress
 from .version import __version__
+
+if TYPE_CHECKING:  # for annotations: importing torch takes seconds, which --help need not
+    from .estimate import Estimate
+    from .inspection import Description
+    from .modality import Modality
+    from .recipe import EncoderScheme, Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,6 +72,32 @@ PresetOption = Annotated[
 GroupOption = Annotated[
     str | None, typer.Option(help="Inputs per weight scale: 32, 64, 128 or channel.", show_default="128, or 64 or 32")
 ]
+MethodOption = Annotated[
+    str,
+    typer.Option(help="Recipe by name: masquant, masquant-paper, quarot, gptq, svdquant, mbq, awq, smoothquant, rtn."),
+]
+RecipeOption = Annotated[
+    Path | None, typer.Option("--recipe", help="Recipe file (YAML) instead of scheme, group size, method.")
+]
+IgnoreOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Linears that stay in floating point, besides the recipe's: a name such as layers.0.mlp.down_proj, or "
+        '"re:" and a regular expression; repeatable.'
+    ),
+]
+HeadOption = Annotated[bool, typer.Option("--quantize-lm-head", help="Give embeddings and head 8-bit rows.")]
+EncodersOption = Annotated[
+    bool,
+    typer.Option("--quantize-encoders", help="Give the linears of encoders 8-bit rows: vision W8A8, audio W8A16."),
+]
+CacheOption = Annotated[
+    CacheName,
+    typer.Option(
+        help="Keys and values of past tokens: as the model has them, or in 8 bits. int8 decodes by transformers' "
+        "generate, not in masquant's kernels."
+    ),
+]
 CalibrationOption = Annotated[
     Path,
     typer.Option(
@@ -78,17 +111,6 @@ JsonFileOption = Annotated[Path | None, typer.Option("--json", help="Also write 
 ReportOption = Annotated[Path | None, typer.Option("--report", help="Also write a page to this .html file.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
-CacheOption = Annotated[
-    CacheName,
-    typer.Option(
-        help="Keys and values of past tokens: as the model has them, or in 8 bits. int8 decodes by transformers' "
-        "generate, not in masquant's kernels."
-    ),
-]
-EncodersOption = Annotated[
-    bool,
-    typer.Option("--quantize-encoders", help="Give the linears of encoders 8-bit rows: vision W8A8, audio W8A16."),
-]
 MemoryOption = Annotated[
     float | None,
     typer.Option(
@@ -151,19 +173,11 @@ def quantize(
     calibration: CalibrationOption,
     scheme: SchemeOption = SchemeName.W4A8,
     group_size: GroupOption = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="Recipe by name: masquant, masquant-paper, quarot, gptq, svdquant, mbq, awq, smoothquant, rtn."
-        ),
-    ] = "masquant",
+    method: MethodOption = "masquant",
     preset: PresetOption = Effort.DEFAULT,
-    recipe: Annotated[
-        Path | None, typer.Option(help="Recipe file (YAML) instead of scheme, group size, method.")
-    ] = None,
-    quantize_lm_head: Annotated[
-        bool, typer.Option("--quantize-lm-head", help="Give embeddings and head 8-bit rows.")
-    ] = False,
+    recipe: RecipeOption = None,
+    ignore: IgnoreOption = None,
+    quantize_lm_head: HeadOption = False,
     quantize_encoders: EncodersOption = False,
     limit: LimitOption = None,
     batch_size: BatchOption = 8,
@@ -184,29 +198,29 @@ def quantize(
     """
     from .api import estimate_folder, quantize_folder
     from .calibration.dataset import load_samples
-    from .recipe import Recipe
+    from .inspection import describe_plan
 
-    chosen = Recipe.from_yaml(recipe) if recipe else Recipe.preset(method, scheme.value, _group_size(group_size))
-    chosen = chosen.with_effort(preset.value)
-    if quantize_lm_head:
-        chosen = dataclasses.replace(chosen, quantize_lm_head=True)
-    if quantize_encoders:
-        chosen = dataclasses.replace(chosen, encoders=_encoders_of(model))
+    encoders = _encoders_of(model) if quantize_encoders else {}
+    chosen = _recipe(method, scheme, group_size, preset, recipe, ignore, quantize_lm_head, encoders)
     samples = load_samples(calibration, limit=limit)
     available = None if memory is None else int(memory * 2**30)
     if dry_run:
-        found = _plan_dict(model, chosen)
-        options = {"batch_size": batch_size, "device": _device(device), "dtype": dtype, "memory": available}
-        estimate = estimate_folder(model, samples, chosen, progress=_progress(quiet), **options)  # type: ignore[arg-type]
-        if as_json:
-            _print_json({**found, "estimate": estimate.to_dict()})
-            return
-        _show_plan(found)
-        stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in estimate.stages.items())
-        typer.echo(
-            f"will take about {_duration(estimate.seconds)} ({stages}) and {_bytes(estimate.peak_memory)} of memory; "
-            f"tried on {estimate.share:.0%} of the samples' tokens and one block"
+        found = describe_plan(model, chosen)
+        estimate = estimate_folder(
+            model,
+            samples,
+            chosen,
+            batch_size=batch_size,
+            device=_device(device),
+            dtype=dtype,
+            memory=available,
+            progress=_progress(quiet),
         )
+        if as_json:
+            _print_json({**found.to_dict(), "estimate": estimate.to_dict()})
+        else:
+            _show_description(found)
+            _show_estimate(estimate)
         return
     try:
         report = quantize_folder(
@@ -235,15 +249,6 @@ def quantize(
     )
 
 
-def _encoders_of(model: str) -> Any:
-    """What `--quantize-encoders` does to a model's encoders."""
-    from .integrations.loading import read_config
-    from .models import family_of
-    from .plan import default_encoders
-
-    return default_encoders(family_of(read_config(model)))
-
-
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -252,141 +257,102 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def _plan_dict(model: str, recipe: Any) -> dict[str, Any]:
-    """What a recipe would do to a model: per group what is quantized, folded and patched; what stays, and why."""
-    from .integrations.loading import meta_model
-    from .plan import make_plan
+def _recipe(
+    method: str,
+    scheme: SchemeName,
+    group_size: str | None,
+    preset: Effort,
+    file: Path | None,
+    ignore: list[str] | None,
+    quantize_lm_head: bool,
+    encoders: Mapping[Modality, EncoderScheme],
+) -> Recipe:
+    """The recipe of a file or of its flags, with what other flags add."""
+    from .recipe import Recipe
 
-    plan = make_plan(meta_model(model), recipe)
-    smoothed = recipe.smoothing.mode != "none"
-    reasons = {
-        **dict.fromkeys(plan.family.encoders, "an encoder"),
-        **dict.fromkeys(plan.family.others, "never quantized"),
-        **dict.fromkeys(("embeddings", "lm_head"), "outside of the blocks"),
-        **dict.fromkeys(("norms", "convolutions"), "no linear"),
-        **dict.fromkeys(plan.kept, "ignored by the recipe"),
-    }
-    return {
-        "family": plan.family.title,
-        "scheme": recipe.scheme.name,
-        "method": recipe.method,
-        "blocks": len(plan.blocks),
-        "bytes": {
-            "float_before": plan.float_bytes,
-            "packed": plan.packed_bytes,
-            "encoders_before": plan.encoder_bytes,
-            "encoders": sum(outer.linear.packed_bytes for outer in plan.encoders),
-            "kept": plan.other_bytes - plan.encoder_bytes,
-        },
-        "groups": [
-            {
-                "group": g.name,
-                "linears": [p.name for p in g.linears],
-                "in_features": g.in_features,
-                "out_features": [p.out_features for p in g.linears],
-                "group_size": [p.group_size or "channel" for p in g.linears],
-                "folded_into": g.group.fold_into if smoothed and g.name in recipe.smoothing.groups else None,
-                "patched": recipe.compensation is not None and g.name in recipe.compensation.groups,
-            }
-            for g in plan.blocks[0]
-        ],
-        "ignored": plan.kept,
-        "encoders": {modality.value: scheme for modality, scheme in recipe.encoders.items()},
-        "not_quantized": {
-            name: reasons.get(name, "in an encoder, kept")
-            for name in plan.not_quantized
-            if not (recipe.quantize_lm_head and name in ("embeddings", "lm_head"))
-        },
-        "notes": plan.notes,
-    }
+    chosen = Recipe.from_yaml(file) if file else Recipe.preset(method, scheme.value, _group_size(group_size))
+    return dataclasses.replace(
+        chosen.with_effort(preset.value),
+        ignore=(*chosen.ignore, *(ignore or ())),
+        quantize_lm_head=chosen.quantize_lm_head or quantize_lm_head,
+        encoders=encoders or chosen.encoders,
+    )
 
 
-def _show_plan(found: dict[str, Any]) -> None:
-    table = Table(title=f"{found['family']}: {found['blocks']} blocks, {found['scheme']}, {found['method']}")
-    for column in ("group", "linears", "in", "out", "group size", "text's vector goes into", "patch"):
-        table.add_column(column)
-    for g in found["groups"]:
-        sizes = ", ".join(sorted({str(size) for size in g["group_size"]}))
-        outs = ", ".join(map(str, g["out_features"]))
-        patched = "where it pays" if g["patched"] else "no"
-        folded = g["folded_into"] or "not smoothed"
-        table.add_row(g["group"], ", ".join(g["linears"]), str(g["in_features"]), outs, sizes, folded, patched)
+def _encoders_of(model: str) -> dict[Modality, EncoderScheme]:
+    """What `--quantize-encoders` does to a model's encoders."""
+    from .integrations.loading import read_config
+    from .models import family_of
+    from .plan import default_encoders
+
+    return default_encoders(family_of(read_config(model)))
+
+
+def _show_description(found: Description) -> None:
+    """What is quantized how, what is not and why, bytes before and after."""
+    from .inspection import ranges_of
+
+    method = f", {found.method}" if found.method else ""
+    table = Table(title=f"{found.family}: {found.blocks} blocks, {found.scheme}{method}")
+    for column in ("group", "blocks", "bits", "inputs", "size", "ranks of patches", "before", "after"):
+        table.add_column(column, justify="right" if column in ("before", "after") else "left")
+    details: dict[str, None] = {}
+    for row in found.groups:
+        many = "" if row.groups == len(row.blocks) else f" ({row.groups} groups)"
+        patches = ", ".join(f"{name} {rank}" for name, rank in row.patches.items())
+        bits = str(row.weight_bits), str(row.activation_bits), str(row.group_size)
+        table.add_row(
+            row.group,
+            ranges_of(row.blocks) + many,
+            *bits,
+            patches or "none",
+            _bytes(row.before),
+            _bytes(row.after),
+        )
+        outs = ", ".join(map(str, row.out_features))
+        details[
+            f"{row.group}: {', '.join(row.linears)} ({row.in_features} -> {outs}); text's vector: {row.text_vector}; "
+            f"vectors of other modalities: {row.own_vectors}; rotated: {', '.join(row.rotated) or 'nothing'}"
+        ] = None
     console = Console()
     console.print(table)
-    sizes = found["bytes"]
-    for modality, scheme in found["encoders"].items():
-        console.print(f"{modality} encoder: linears in {scheme}", highlight=False)
-    if sizes["encoders"]:
+    for line in details:
+        console.print(line, highlight=False, markup=False)
+    console.print(f"patches: {found.patches}", highlight=False)
+    for modality, encoder in found.encoders.items():
+        console.print(f"{modality} encoder: linears in {encoder}", highlight=False)
+    parts = Table("part", "before", "after", title="bytes of weights")
+    for name, sizes in found.bytes.items():
+        if sizes["before"] or sizes["after"]:
+            parts.add_row(name, _bytes(sizes["before"]), _bytes(sizes["after"]))
+    totals = [sum(sizes[when] for sizes in found.bytes.values()) for when in ("before", "after")]
+    parts.add_row("all", *map(_bytes, totals))
+    console.print(parts)
+    console.print("in floating point:", highlight=False)
+    for entry in found.skipped:
+        console.print(f"  {entry.name} ({_bytes(entry.bytes)}): {entry.reason}", highlight=False, markup=False)
+    if found.memory:
+        ratio = found.memory["packed_in_memory"] / found.memory["packed_on_disk"]
         console.print(
-            f"encoders' linears {_bytes(sizes['encoders_before'])} -> {_bytes(sizes['encoders'])} packed",
+            f"quantized linears: {_bytes(found.memory['packed_on_disk'])} on disk, "
+            f"{_bytes(found.memory['packed_in_memory'])} in memory ({ratio:.3f} x), of which vectors "
+            f"{_bytes(found.memory['smooth_scale'])}, patches {_bytes(found.memory['compensation'])}",
             highlight=False,
         )
-    console.print(
-        f"decoder linears {_bytes(sizes['float_before'])} -> {_bytes(sizes['packed'])} packed; "
-        f"{_bytes(sizes['kept'])} stay in floating point:",
-        highlight=False,
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _show_estimate(estimate: Estimate) -> None:
+    stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in estimate.stages.items() if seconds >= 0.05)
+    typer.echo(
+        f"quantizing will take about {_duration(estimate.seconds)} ({stages}), {_bytes(estimate.peak_memory)} of "
+        f"memory and {_bytes(estimate.disk)} of disk, and leave {_bytes(estimate.output)} of weights; tried on "
+        f"{estimate.share:.0%} of the samples' tokens and {estimate.blocks} blocks"
     )
-    for name, reason in found["not_quantized"].items():
-        console.print(f"  {name}: {reason}", highlight=False)
-    for note in found["notes"]:
-        console.print(f"note: {note}", highlight=False)
 
 
-@app.command()
-def inspect(
-    model: ModelArgument,
-    calibration: Annotated[Path | None, typer.Option(help="Samples whose activation ranges are shown.")] = None,
-    scheme: SchemeOption = SchemeName.W4A8,
-    group_size: GroupOption = None,
-    quantize_encoders: EncodersOption = False,
-    limit: LimitOption = None,
-    batch_size: BatchOption = 8,
-    as_json: JsonOption = False,
-    report: ReportOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Show what would be quantized, or what a quantized checkpoint holds. The model is left as it is.
-
-    Example: `masquant inspect Qwen/Qwen2.5-Omni-3B --calibration data/calibration --report ranges.html`
-    """
-    from .inspection import activation_ranges, checkpoint_memory, is_checkpoint
-    from .recipe import Recipe
-    from .report import check_target, ranges_content, write_report
-
-    if report is not None:
-        if calibration is None:
-            raise DataError("--report shows activation ranges, which need samples: give --calibration too")
-        check_target(report)
-
-    if is_checkpoint(model):
-        found = checkpoint_memory(model)
-        if as_json:
-            _print_json(found)
-            return
-        packed, resident = found["packed_on_disk"], found["packed_in_memory"]
-        typer.echo(
-            f"{model}: {found['scheme']}, {found['quantized_linears']} quantized linears, modalities "
-            f"{', '.join(found['modalities'])}\n"
-            f"quantized linears on disk   {_bytes(packed)}\n"
-            f"the same in memory          {_bytes(resident)} ({resident / packed:.3f} x), of which vectors "
-            f"{_bytes(found['smooth_scale'])}, patches {_bytes(found['compensation'])}\n"
-            f"8-bit linears of encoders   {_bytes(found['encoders'])} in memory\n"
-            f"8-bit embeddings and head   {_bytes(found['lm_head'])}\n"
-            f"in floating point           {_bytes(found['float'])} (all else)"
-        )
-        return
-    if calibration is None:
-        encoders = _encoders_of(model) if quantize_encoders else {}
-        recipe = Recipe.preset("masquant", scheme.value, _group_size(group_size), encoders=encoders)
-        plan = _plan_dict(model, recipe)
-        _print_json(plan) if as_json else _show_plan(plan)
-        return
-    rows = activation_ranges(model, calibration, limit=limit, batch_size=batch_size, progress=_progress(quiet))
-    if report is not None:
-        write_report(report, ranges_content(Path(model).name if Path(model).is_dir() else model, rows))
-    if as_json:
-        _print_json(rows)
-        return
+def _show_ranges(rows: list[dict[str, Any]]) -> None:
     modalities = list(rows[0]["absmax"])
     table = Table(title="activation range per modality: largest magnitude, and misalignment with text (dB)")
     table.add_column("block.group")
@@ -400,6 +366,78 @@ def inspect(
             cells.append("-" if absmax is None else f"{absmax:.2f}" + (f" ({loss:.1f})" if loss is not None else ""))
         table.add_row(f"{row['block']}.{row['group']}", *cells)
     Console().print(table)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id, or checkpoint folder.", show_default=False)],
+    calibration: Annotated[Path | None, typer.Option(help="Samples whose activation ranges are shown.")] = None,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="With --calibration: what quantizing will take of time, memory and disk."),
+    ] = False,
+    scheme: SchemeOption = SchemeName.W4A8,
+    group_size: GroupOption = None,
+    method: MethodOption = "masquant",
+    preset: PresetOption = Effort.DEFAULT,
+    recipe: RecipeOption = None,
+    ignore: IgnoreOption = None,
+    quantize_lm_head: HeadOption = False,
+    quantize_encoders: EncodersOption = False,
+    limit: LimitOption = None,
+    batch_size: BatchOption = 8,
+    memory: MemoryOption = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result to this file; -: print it instead of tables.")
+    ] = None,
+    report: ReportOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Show what would be quantized, or what a quantized checkpoint holds. The model is left as it is.
+
+    Example: `masquant inspect Qwen/Qwen2.5-Omni-3B --calibration data/calibration --report ranges.html`
+    """
+    from .api import estimate_folder
+    from .calibration.dataset import load_samples
+    from .checking import is_checkpoint
+    from .checkpoint.store import write_json
+    from .inspection import activation_ranges, describe_checkpoint, describe_plan
+    from .report import check_target, ranges_content, write_report
+
+    if calibration is None and (report is not None or estimate):
+        option = "--report shows activation ranges" if report is not None else "--estimate tries a run"
+        raise DataError(f"{option}, which needs samples: give --calibration too")
+    if report is not None:
+        check_target(report)
+    finished = is_checkpoint(model)
+    if finished and calibration is not None:
+        raise DataError(f"{model} is quantized; activation ranges and estimates are of the float model")
+    encoders = _encoders_of(model) if quantize_encoders else {}
+    chosen = _recipe(method, scheme, group_size, preset, recipe, ignore, quantize_lm_head, encoders)
+    found = describe_checkpoint(model) if finished else describe_plan(model, chosen)
+    result = found.to_dict()
+    console = json_file != Path("-")
+    if console:
+        _show_description(found)
+    if calibration is not None:
+        progress = _progress(quiet)
+        rows = activation_ranges(model, calibration, limit=limit, batch_size=batch_size, progress=progress)
+        result["ranges"] = rows
+        if report is not None:
+            write_report(report, ranges_content(Path(model).name if Path(model).is_dir() else model, rows))
+        if console:
+            _show_ranges(rows)
+        if estimate:
+            samples = load_samples(calibration, limit=limit)
+            bound = None if memory is None else int(memory * 2**30)
+            taken = estimate_folder(model, samples, chosen, batch_size=batch_size, memory=bound, progress=progress)
+            result["estimate"] = taken.to_dict()
+            if console:
+                _show_estimate(taken)
+    if json_file is not None and console:
+        write_json(json_file, result)
+    elif json_file is not None:
+        _print_json(result)
 
 
 @app.command()
@@ -590,7 +628,7 @@ def chat(
         return
     answer = conversation.say(prompt)
     if as_json:
-        from .run import peak_memory
+        from .measuring import peak_memory
 
         _print_json(
             {

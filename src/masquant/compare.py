@@ -16,11 +16,11 @@ from .api import load_processor, resident_bytes
 from .calibration.dataset import Sample
 from .evaluation import BaselineScores, Evaluation, ModelDescription, evaluate, score_baseline
 from .integrations.loading import load_any
+from .measuring import peak_memory, reset_peak_memory
 from .modality import Modality
 from .pipeline import Calibration, QuantizationReport, quantize
 from .progress import AbstractProgress, NoProgress
 from .recipe import EncoderScheme, Recipe
-from .run import peak_memory, reset_peak_memory
 
 
 def describe(model: PreTrainedModel, name: str, scheme: str, num_parameters: int) -> ModelDescription:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,13 +33,14 @@ from .checkpoint.store import BlockStore, digest, tensor_digest
 from .distributed import gather, own_range, rank, world_size
 from .errors import DataError, RecipeError
 from .integrations.transformers import adopt
+from .measuring import Stages, peak_memory
 from .modality import Modality, ModalityState, attach_routing
 from .models import ModelFamily, decoder_of, family_of, modality_tokens_of
 from .plan import encoder_schemes, make_plan, tensor_bytes
 from .progress import AbstractProgress, NoProgress
 from .recipe import Recipe
 from .rotation_learning import learn_rotation
-from .run import Run, peak_memory
+from .run import Run
 from .runtime.head import packed_head_bytes, quantize_head
 from .runtime.outer import packed_bytes, quantize_encoders, restore_encoders
 from .runtime.transforms import LEARNED_ROTATION, attach_residual_rotation
@@ -66,6 +66,7 @@ class QuantizationReport:
         not_quantized: modules and patterns of linears in floating point.
         notes: what a user should know.
         seconds, peak_memory: of the whole run; bytes of the process.
+        stages: seconds by stage.
     """
 
     model: str
@@ -78,6 +79,11 @@ class QuantizationReport:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory: int = 0
+    stages: Mapping[str, float] = field(default_factory=dict)
+
+    def with_cost(self, stages: Stages) -> QuantizationReport:
+        """The same with what the run took up to this moment."""
+        return replace(self, seconds=stages.total, peak_memory=peak_memory(), stages=dict(stages.seconds))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -100,6 +106,7 @@ class QuantizationReport:
             "bytes": self.bytes,
             "notes": self.notes,
             "seconds": self.seconds,
+            "stages": dict(self.stages),
             "peak_memory": self.peak_memory,
             "blocks": self.blocks,
         }
@@ -163,6 +170,7 @@ def quantize_blocks(
     device: torch.device,
     progress: AbstractProgress,
     store: BlockStore | None,
+    stages: Stages | None = None,
 ) -> tuple[QuantizationReport, ModalityState]:
     """Quantize a model's blocks one after the other, wherever they come from and go to.
 
@@ -174,11 +182,12 @@ def quantize_blocks(
         device: where blocks are solved.
         progress: receives what happens.
         store: takes finished blocks, and gives those of an interrupted run.
+        stages: counts the seconds.
 
     Returns:
         What was done, and the modality state that the quantized linears share.
     """
-    start = time.monotonic()
+    stages = stages or Stages()
     model = blocks.model.eval()
     plan = make_plan(model, recipe)
     recipe, left_out = without_inexact(recipe, plan.family)
@@ -186,29 +195,33 @@ def quantize_blocks(
     replaced = quantize_encoders(model, plan.encoders)  # first, so that the decoder is fitted to what they really give
     encoder_bytes = packed_bytes([model.get_submodule(path) for path in replaced])
     try:
-        inputs = calibration.block_inputs(blocks, processor, recipe, progress)
-        gradients = calibration.gradients(blocks, recipe, inputs, device, progress)
+        with stages.timed("inputs"):
+            inputs = calibration.block_inputs(blocks, processor, recipe, progress)
+        with stages.timed("gradients"):
+            gradients = calibration.gradients(blocks, recipe, inputs, device, progress)
     except BaseException:
         restore_encoders(model, replaced)
         raise
     del replaced
-    whole = tensor_bytes(model)
-    head = HeadFormat(quantize_head(model)) if recipe.quantize_lm_head else None
-    head_bytes = packed_head_bytes(model)
-    head_before = whole - tensor_bytes(model) + head_bytes
-    blocks.leave_rest()
+    with stages.timed("head"):
+        whole = tensor_bytes(model)
+        head = HeadFormat(quantize_head(model)) if recipe.quantize_lm_head else None
+        head_bytes = packed_head_bytes(model)
+        head_before = whole - tensor_bytes(model) + head_bytes
+        blocks.leave_rest()
     counts = modality_counts(inputs, state.tokens.modalities)
     notes = [*plan.notes, *left_out, *missing_notes(counts)]
     for note in notes:
         progress.note(note)
-    if recipe.rotation is not None and recipe.rotation.compare:
-        rotated, note = rotation_pays(Run(blocks, recipe, plan, state, inputs, device, [], progress))
-        notes.append(note)
-        recipe = recipe if rotated else replace(recipe, rotation=None)
-    learned = learned_rotation(blocks, recipe, device, progress)
-    if learned is not None:
-        blocks.add(LEARNED_ROTATION, learned)
-    inputs = rotate_stream(inputs, recipe, blocks.hidden_size, learned)
+    with stages.timed("rotations"):
+        if recipe.rotation is not None and recipe.rotation.compare:
+            rotated, note = rotation_pays(Run(blocks, recipe, plan, state, inputs, device, [], progress))
+            notes.append(note)
+            recipe = recipe if rotated else replace(recipe, rotation=None)
+        learned = learned_rotation(blocks, recipe, device, progress)
+        if learned is not None:
+            blocks.add(LEARNED_ROTATION, learned)
+        inputs = rotate_stream(inputs, recipe, blocks.hidden_size, learned)
     held_back = held_back_ids(calibration.samples, recipe.selection.held_back) if recipe.selection else set()
     if recipe.selection and not held_back:
         notes.append(
@@ -218,11 +231,13 @@ def quantize_blocks(
     run = Run(blocks, recipe, plan, state, inputs, device, notes, progress, held_back, gradients)
     run.learned_rotation = learned
     run.moment_bytes = calibration.memory
-    run.spend()
+    with stages.timed("losses"):
+        run.spend()
     records = []
     done = [0, 0]
     for index in progress.track(range(len(plan.blocks)), "quantizing", len(plan.blocks), "block"):
-        records.append(run.block(index, store))
+        with stages.timed("blocks"):
+            records.append(run.block(index, store))
         done[0] += (
             sum(p.in_features * p.out_features for g in plan.blocks[index] for p in g.linears) * run.dtype.itemsize
         )
@@ -260,10 +275,8 @@ def quantize_blocks(
         },
         [name for name in plan.not_quantized if head is None or name not in ("embeddings", "lm_head")],
         notes,
-        time.monotonic() - start,
-        peak_memory(),
     )
-    return report, state
+    return report.with_cost(stages), state
 
 
 def model_name(model: PreTrainedModel) -> str:

@@ -4,13 +4,9 @@
 from __future__ import annotations
 
 import gc
-import platform
-import resource
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +22,7 @@ from .checkpoint.format import Site, parse_site
 from .checkpoint.store import BlockStore
 from .distributed import from_first, sum_over_processes
 from .errors import ModelError
+from .measuring import Stages, peak_memory
 from .modality import Modality, ModalityState
 from .models import core_of, decoder_of, experts_in, linear_of, token_rows
 from .original import OriginalGroup, original_groups, plain_errors
@@ -40,18 +37,6 @@ from .smoothing.learned import TrialLinear, learn_vectors, seen_ids
 from .smoothing.scales import smooth_scale
 from .solver import GroupSolution, added_bytes
 from .spending import UNLIMITED, Spending, loss_per_error
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, bytes."""
-    scale = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def reset_peak_memory() -> None:
-    """Start `peak_memory` anew, where the system can (Linux)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def restore_dtype(block: nn.Module, dtype: torch.dtype) -> None:
@@ -82,23 +67,13 @@ class Run:
     spending: Spending | None = None
     learned_rotation: Tensor | None = None
     moment_bytes: int | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    stages: Stages = field(default_factory=Stages)
     originals: dict[str, OriginalGroup] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         learned = self.recipe.smoothing.learned
         if learned is not None and learned.target == "float_chain":
             self.float_hidden = self.inputs.hidden.copy()
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Count the seconds of a stage; what other stages take inside of it is theirs."""
-        start, before = time.monotonic(), sum(self.seconds.values())
-        try:
-            yield
-        finally:
-            others = sum(self.seconds.values()) - before
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start - others
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,7 +134,7 @@ class Run:
         parts = (groups,) if self.recipe.smoothing.learned else self.parts(groups)
         statistics = self.observe(block, index, parts[-1], targets)
         self.advance_float(block, index)
-        with self.timed("learn"):
+        with self.stages.timed("learn"):
             learned, learning = self.learn(block, index, groups, statistics, targets)
 
         ranges: dict[str, InputRanges] = {}
@@ -174,7 +149,7 @@ class Run:
             return found
 
         config = decoder_of(self.blocks.model).config
-        with self.timed("solve"):
+        with self.stages.timed("solve"):
             solutions, folds = solve_block(
                 block,
                 self.plan.family,
@@ -188,9 +163,9 @@ class Run:
                 lambda group, spent: self.terms(index, group, spent),
                 self.dtype,
             )
-        with self.timed("refine"):
+        with self.stages.timed("refine"):
             final, refining = self.refine(block, index, groups, solutions, folds, targets)
-        with self.timed("apply"):
+        with self.stages.timed("apply"):
             sites = apply_solutions(block, self.plan.family, groups, final, folds, self.state, self.recipe, self.dtype)
         if self.spending is not None:
             self.spending.left -= sum(added_bytes(s) for s in solutions.values())
@@ -230,7 +205,7 @@ class Run:
         Raises:
             ModelError: an input is not finite.
         """
-        with self.timed("observe"):
+        with self.stages.timed("observe"):
             return self._observe(block, index, groups, targets)
 
     def _observe(
@@ -456,7 +431,7 @@ class Run:
         Returns:
             Per modality, the relative squared error of the outputs, if `targets` are given.
         """
-        with self.timed("advance"):
+        with self.stages.timed("advance"):
             return self._advance(block, index, targets)
 
     def _advance(self, block: nn.Module, index: int, targets: HiddenStates | None) -> dict[str, float]:

@@ -20,10 +20,10 @@ from .checkpoint.store import check_output, write_json
 from .compare import compare
 from .demo import MODEL_NAME, demo_directory, obtain_model
 from .evaluation import Evaluation, comparison_dict, evaluation_table, examples_table
+from .measuring import peak_memory
 from .pipeline import QuantizationReport
 from .progress import AbstractProgress
 from .report import evaluation_record, example_ids, report_run
-from .run import peak_memory
 
 METHODS = ("rtn", "smoothquant", "gptq", "masquant")
 EXAMPLE_TASKS = ("speech", "picture", "spoken-question")

@@ -49,7 +49,7 @@ from .recipe import CompensationArgs, Recipe, WeightArgs
 from .runtime.linear import SMOOTH_DTYPE
 from .smoothing.scales import awq_scale, gauge, smooth_scale, spread_scale
 
-_MOST_RANKS = 32  # of one patch that is bought by its price
+MOST_RANKS = 32  # of one patch that is bought by its price
 _LISTED_ENERGIES = 64  # of one patch, for the report
 
 
@@ -374,6 +374,22 @@ def _patch_weight(problem: GroupProblem, patches: Mapping[str, Patch], modality:
 def _patch_rank(compensation: CompensationArgs, problem: GroupProblem, patched: int) -> int:
     """Rank of each of `patched` modalities' patches."""
     out_features, in_features = problem.weight.shape
+    scales = in_features // (problem.group_size or in_features)
+    packed = out_features * (in_features * problem.grid.num_bits // 8 + 2 * scales)
+    return patch_rank(compensation, in_features, out_features, packed, patched)
+
+
+def patch_rank(
+    compensation: CompensationArgs, in_features: int, out_features: int, packed_bytes: int, patched: int
+) -> int:
+    """Rank of the patches that a recipe without a byte budget for the whole model gives to one group.
+
+    Args:
+        compensation: of the recipe.
+        in_features, out_features: of the group.
+        packed_bytes: of its weights and scales.
+        patched: number of its patches.
+    """
     limit = min(out_features, in_features)
     if compensation.rank is not None:
         rank = compensation.rank
@@ -381,9 +397,7 @@ def _patch_rank(compensation: CompensationArgs, problem: GroupProblem, patched: 
         rank = math.ceil(compensation.rank_ratio * limit)
     else:
         assert compensation.max_bytes is not None
-        groups = in_features // (problem.group_size or in_features)
-        packed = out_features * (in_features * problem.grid.num_bits // 8 + 2 * groups)
-        budget = compensation.max_bytes * packed / patched
+        budget = compensation.max_bytes * packed_bytes / patched
         rank = rank_for_bytes(budget, in_features, out_features, _factors(compensation))
     return min(max(rank, compensation.min_rank), limit)
 
@@ -483,8 +497,8 @@ def _patches_stored(
     ranked: list[tuple[float, int]] = []
     for m in present if most else ():
         difference, moment = _missing(fit, solution, m, fit.moment[m])
-        spectrum = leading_spectrum(difference, moment, min(most, _MOST_RANKS))
-        vectors = spectrum.vectors[:, : min(most, _MOST_RANKS)]
+        spectrum = leading_spectrum(difference, moment, min(most, MOST_RANKS))
+        vectors = spectrum.vectors[:, : min(most, MOST_RANKS)]
         projected = vectors.t() @ difference.double()
         removed = ((projected @ moment.double()) * projected).sum(1) * fit.importance[m]
         found[m] = difference, spectrum, moment.double()

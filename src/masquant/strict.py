@@ -68,7 +68,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         except ValueError as error:
             known = ", ".join(str(member.value) for member in hint)
             raise RecipeError(f"{where}: unknown {hint.__name__.lower()} {value!r}; known: {known}") from error
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise RecipeError(f"{where} must be {hint.__name__}, got {value!r}")

@@ -274,11 +274,11 @@ def test_inspect_draws_the_float_model(world: World) -> None:
     target = world.root / "ranges.html"
     done = CliRunner().invoke(
         app,
-        ["inspect", str(world.root / "model"), "--calibration", str(world.root / "data"), "--json", "-q",
+        ["inspect", str(world.root / "model"), "--calibration", str(world.root / "data"), "--json", "-", "-q",
          "--report", str(target)],
     )  # fmt: skip
     assert not done.exception
-    rows = json.loads(done.stdout)
+    rows = json.loads(done.stdout)["ranges"]
     found = json.loads(target.with_suffix(".json").read_text())
     assert found["ranges"] == rows and found["title"] == "model"
     page = target.read_text()

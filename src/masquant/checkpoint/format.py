@@ -309,6 +309,9 @@ def parse_format(config: Mapping[str, Any]) -> CheckpointFormat:
     _need(bool(modalities) and modalities[0] is Modality.TEXT, "the first modality must be text")
     _need(len(set(modalities)) == len(modalities), "a modality is listed twice")
     _need(isinstance(config["modality_tokens"], Mapping), "modality_tokens must be a mapping")
+    for name, fields in config["modality_tokens"].items():
+        named = isinstance(fields, list) and all(isinstance(f, str) for f in fields)
+        _need(named, f"modality_tokens.{name} must be a list of config fields, got {fields!r}")
     tokens = {_modality(m): tuple(fields) for m, fields in config["modality_tokens"].items()}
     _need(set(tokens) == set(modalities[1:]), "modality_tokens must cover the modalities other than text")
     _need(isinstance(config["sites"], Mapping), "sites must be a mapping")

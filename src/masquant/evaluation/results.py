@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..errors import DataError
+from ..errors import DataError, RecipeError
+from ..strict import from_plain
 from .metrics import error_rates, exact_match, paired_difference, perplexity, ratio_of_sums
 
 # How decoded answers of a task are scored; plain texts have a perplexity instead
@@ -105,26 +106,55 @@ def evaluation_of(found: Any) -> Evaluation:
     """The evaluation of what `Evaluation.to_dict(samples=True)` gave.
 
     Raises:
-        DataError: it is none, or without samples.
+        DataError: it is none, without samples, or with values of another kind.
     """
+    if not isinstance(found, Mapping) or not isinstance(found.get("samples"), list) or not found["samples"]:
+        raise DataError("not the result of an evaluation with its samples; evaluate again")
+    described = {f.name: found[f.name] for f in dataclasses.fields(ModelDescription) if f.name in found}
     try:
-        description = ModelDescription(found["model"], found["scheme"], found["num_parameters"], found["bytes"])
-        samples = tuple(SampleScore(**sample) for sample in found["samples"])
-    except (KeyError, TypeError) as error:
-        raise DataError(f"not the result of an evaluation with its samples ({error!r}); evaluate again") from error
-    return Evaluation(description, samples, found.get("seconds"), found.get("peak_memory"))
+        description = from_plain(ModelDescription, described, "result")
+        samples = tuple(_score(sample, f"samples[{i}]") for i, sample in enumerate(found["samples"]))
+        cost = from_plain(_Cost, {k: found[k] for k in ("seconds", "peak_memory") if k in found}, "result")
+    except RecipeError as error:
+        raise DataError(f"not the result of an evaluation: {error}; evaluate again") from error
+    if len(described) < len(dataclasses.fields(ModelDescription)) or len({s.id for s in samples}) < len(samples):
+        raise DataError("the result of an evaluation lacks its model, or has a sample twice; evaluate again")
+    return Evaluation(description, samples, cost.seconds, cost.peak_memory)
+
+
+@dataclass(frozen=True)
+class _Cost:
+    seconds: float | None = None
+    peak_memory: int | None = None
+
+
+def _score(found: Any, where: str) -> SampleScore:
+    """One sample's score, complete and of finite numbers."""
+    required = {f.name for f in dataclasses.fields(SampleScore) if f.default is dataclasses.MISSING}
+    if not isinstance(found, Mapping) or not required <= set(found):
+        raise RecipeError(f"{where} must have {', '.join(sorted(required))}")
+    score = from_plain(SampleScore, found, where)
+    numbers = (score.nll, score.kl, score.agreed, score.baseline_nll)
+    if score.tokens < 1 or not all(n is None or math.isfinite(n) for n in numbers):
+        raise RecipeError(f"{where} has no token, or numbers that are not finite")
+    return score
 
 
 def results_of(found: Any) -> dict[str, Evaluation]:
     """Evaluations by name of what `evaluate --json` or `compare --json` wrote, "float" first.
 
     Raises:
-        DataError: it is neither.
+        DataError: it is neither, or its evaluations are of different samples.
     """
-    if isinstance(found, Mapping) and "methods" in found:
-        return {name: evaluation_of(e) for name, e in {"float": found.get("float"), **found["methods"]}.items()}
-    result = evaluation_of(found)
-    return {result.description.scheme: result}
+    if not (isinstance(found, Mapping) and isinstance(found.get("methods"), Mapping)):
+        result = evaluation_of(found)
+        return {result.description.scheme: result}
+    results = {name: evaluation_of(e) for name, e in {"float": found.get("float"), **found["methods"]}.items()}
+    wanted = [(s.id, s.task) for s in results["float"].samples]
+    for name, result in results.items():
+        if [(s.id, s.task) for s in result.samples] != wanted:
+            raise DataError(f"the results of {name} are of other samples than those of float; compare again")
+    return results
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ..models import FAMILIES, decoder_blocks, decoder_of, linearize
 from ..progress import AbstractProgress
 
 MOST_LAYERS = 1000
+ADAPTER = "adapter_config.json"
 _HASHED_BYTES = 16 * 2**20
 
 
@@ -43,7 +44,7 @@ def read_config(path: str | Path) -> Any:
         ModelError: there is none that transformers reads.
     """
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a malformed config makes transformers raise nearly anything
         raise ModelError(f"cannot read a model config from {path}: {first_line(error)}") from error
 
@@ -54,8 +55,9 @@ def model_class(config: Any, path: str | Path) -> type[PreTrainedModel]:
     Raises:
         ModelError: transformers has no such class.
     """
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
+    names = config.architectures if isinstance(config.architectures, list | tuple) else ()
+    for name in names:
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     raise ModelError(
@@ -74,7 +76,7 @@ def meta_model(path: str | Path, dtype: str = "auto") -> PreTrainedModel:
     _check_depth(config.to_dict(), path)
     try:
         with torch.device("meta"):
-            return model_class(config, path)(config).to(chosen or torch.float32)
+            return model_class(config, path)._from_config(config, dtype=chosen or torch.float32)
     except ModelError:
         raise
     except Exception as error:  # sizes that do not fit together fail anywhere
@@ -108,6 +110,8 @@ def load_any(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     config = read_config(path)
     chosen = model_class(config, path)
+    if (Path(path) / ADAPTER).is_file():  # transformers would load it on the way, pickled or not
+        raise ModelError(f"{path} has an adapter ({ADAPTER}), which is not read; merge it into the weights first")
     _check_size(path, meta_model(path))
     options = {"dtype": "auto", "use_safetensors": True, **kwargs}
     try:
@@ -181,9 +185,7 @@ class StreamedBlocks(AbstractBlocks):
                 if full not in places:
                     raise CheckpointError(f"{model.name_or_path}: the tensor {full} is missing")
                 file, stored = places[full]
-                shape = self._opened[file].entries[stored]["shape"]
-                if list(tensor.shape) != shape:
-                    raise CheckpointError(f"{file}: {stored} has shape {shape}, the model needs {list(tensor.shape)}")
+                _check_shape(self._opened[file], stored, tensor)
 
     @property
     def files(self) -> list[Path]:
@@ -235,24 +237,63 @@ def load_streamed(path: str | Path, *, dtype: str, device: torch.device, folder:
     shell = meta_model(path)
     layers = decoder_of(shell).layers
     assert isinstance(layers, nn.ModuleList)
-    devices = _devices(shell, layers, str(device))
+    return StreamedBlocks(*_load_offloaded(path, _devices(shell, layers, str(device)), folder, dtype=dtype))
+
+
+def load_on_disk(path: str | Path, folder: Path) -> tuple[PreTrainedModel, dict[str, tuple[Path, str]]]:
+    """A model on the meta device whose files are found to hold all of it, without reading a tensor.
+
+    Args:
+        path: folder or hub id.
+        folder: for what transformers stores in another form than its modules have.
+
+    Returns:
+        The model, and per tensor of it that is stored as it is: file and name there.
+
+    Raises:
+        ModelError: transformers cannot load it.
+        CheckpointError: its tensors do not fit.
+    """
+    model, places = _load_offloaded(path, {"": "disk"}, folder, dtype="auto", offload_buffers=True)
+    opened = {file: TensorFile(file) for file in {file for file, _ in places.values()}}
+    for name, tensor in model.state_dict().items():
+        if name in places:
+            file, stored = places[name]
+            _check_shape(opened[file], stored, tensor)
+    return model, places
+
+
+def _check_shape(file: TensorFile, stored: str, tensor: Tensor) -> None:
+    shape = file.entries[stored]["shape"]
+    if list(tensor.shape) != shape:
+        raise CheckpointError(f"{file.path}: {stored} has shape {shape}, the model needs {list(tensor.shape)}")
+
+
+def _load_offloaded(
+    path: str | Path, devices: Mapping[str, str], folder: Path | None, **options: Any
+) -> tuple[PreTrainedModel, dict[str, tuple[Path, str]]]:
+    """A model of which some parts are on "disk", and where the tensors of those lie: file and name there."""
     said = logging.getLogger("accelerate.big_modeling")
     level = said.level
-    with warnings.catch_warnings():
-        said.setLevel(logging.ERROR)  # that parameters are on the meta device is what is wanted
-        warnings.filterwarnings("ignore", message="The following device_map keys do not match any submodules")
-        model = load_any(path, dtype=dtype, device_map=devices, offload_folder=None if folder is None else str(folder))
-    said.setLevel(level)
+    offload = None if folder is None else str(folder)
+    try:
+        with warnings.catch_warnings():
+            said.setLevel(logging.ERROR)  # that parameters are on the meta device is what is wanted
+            warnings.filterwarnings("ignore", message="The following device_map keys do not match any submodules")
+            model = load_any(path, device_map=dict(devices), offload_folder=offload, **options)
+    finally:
+        said.setLevel(level)
     places: dict[str, tuple[Path, str]] = {}
     for module in model.modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights is not None:
             loader = getattr(weights, "dataset", weights)
             for name, entry in loader.index.items():
-                places[name] = (Path(entry["safetensors_file"]), entry.get("weight_name", name))
+                if "safetensors_file" in entry:
+                    places[name] = (Path(entry["safetensors_file"]), entry.get("weight_name", name))
     remove_hook_from_submodules(model)
     del model.hf_device_map
-    return StreamedBlocks(model, places)
+    return model, places
 
 
 def write_part(model: PreTrainedModel, tensors: Mapping[str, Tensor], path: Path) -> None:

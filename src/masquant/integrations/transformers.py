@@ -312,49 +312,81 @@ def check_loaded(model: nn.Module) -> None:
     """Check the values that a run relies on.
 
     Raises:
-        CheckpointError: a scale that is zero or not finite, a stored shape that differs, or a vector for text
-            that is not folded.
+        CheckpointError: as `check_tensor`.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, MasquantLinear) or module.weight_packed.is_meta:  # offloaded
-            continue
-        if module.weight_shape.tolist() != [module.out_features, module.in_features]:
-            raise CheckpointError(
-                f"{name}.weight_shape says {module.weight_shape.tolist()}, the model needs "
-                f"{[module.out_features, module.in_features]}"
-            )
-        if not bool(((module.weight_scale != 0) & module.weight_scale.isfinite()).all()):
-            raise CheckpointError(f"{name}.weight_scale holds values that are zero or not finite")
-        if module.smooth_scale is not None:
-            _positive(f"{name}.smooth_scale", module.smooth_scale)
-            if not bool((module.smooth_scale[0] == 1).all()):
-                raise CheckpointError(f"{name}.smooth_scale: row 0 (text) must be ones, it is folded into the model")
-        for modality, factors in module.compensation.items():
-            for part, tensor in factors.named_buffers():
-                if not bool(tensor.isfinite().all()):
-                    raise CheckpointError(f"{name}.compensation.{modality}.{part} holds values that are not finite")
+        if isinstance(module, MasquantLinear) and not module.weight_packed.is_meta:  # offloaded
+            for local, tensor in module.named_buffers():
+                check_tensor(f"{name}.{local}", local, tensor, module)
+
+
+def check_tensor(name: str, local: str, tensor: torch.Tensor, linear: MasquantLinear) -> None:
+    """Check the values of one tensor of a quantized linear.
+
+    Args:
+        name: in full, for the error.
+        local: inside the linear, such as "weight_scale" or "compensation.audio.a".
+        tensor: as stored.
+        linear: what it belongs to.
+
+    Raises:
+        CheckpointError: a scale that is zero or not finite, a stored shape that differs, bits where a row of packed
+            integers has none, a patch or bias that is not finite, or a vector for text that is not folded.
+    """
+    if local == "weight_shape":
+        wanted = [linear.out_features, linear.in_features]
+        if tensor.tolist() != wanted:
+            raise CheckpointError(f"{name} says {tensor.tolist()}, the model needs {wanted}")
+    elif local == "weight_packed":
+        unused = tensor.shape[1] * (32 // linear.spec.num_bits) - linear.in_features
+        used_bits = 32 - unused * linear.spec.num_bits
+        if unused and bool((tensor[:, -1].long() & 0xFFFFFFFF & (-1 << used_bits)).any()):
+            raise CheckpointError(f"{name} holds bits beyond the {linear.in_features} integers of a row")
+    elif local == "weight_scale":
+        if not bool(((tensor != 0) & tensor.isfinite()).all()):
+            raise CheckpointError(f"{name} holds values that are zero or not finite")
+    elif local == "smooth_scale":
+        if not bool(((tensor > 0) & tensor.isfinite()).all()):
+            raise CheckpointError(f"{name} holds values that are not positive and finite")
+        if not bool((tensor[0] == 1).all()):
+            raise CheckpointError(f"{name}: row 0 (text) must be ones, it is folded into the model")
+    else:
+        check_finite(name, tensor)
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor with NaN or infinity.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise CheckpointError(f"{name} holds values that are not finite")
 
 
 def check_learned_rotation(decoder: nn.Module) -> None:
-    """Check that the learned part of a residual rotation is orthogonal.
+    """Check that the learned part of a residual rotation, if the decoder has one that is loaded, is orthogonal.
 
     Raises:
         CheckpointError: it is not, or was not loaded.
     """
     matrix = getattr(decoder, LEARNED_ROTATION, None)
-    if matrix is None or matrix.is_meta:
-        return
+    if matrix is not None and not matrix.is_meta:
+        check_orthogonal(matrix)
+
+
+def check_orthogonal(matrix: torch.Tensor) -> None:
+    """Check the learned part of a residual rotation [hidden, hidden].
+
+    Raises:
+        CheckpointError: it is not orthogonal.
+    """
     q = matrix.float()
     error = float((q @ q.t() - torch.eye(len(q), device=q.device)).abs().max())
     if not error < 0.05:  # also NaN
         raise CheckpointError(
             f"{LEARNED_ROTATION} is not orthogonal (off by {error:.2g}); the checkpoint lacks it or is damaged"
         )
-
-
-def _positive(name: str, tensor: torch.Tensor) -> None:
-    if not bool(((tensor > 0) & tensor.isfinite()).all()):
-        raise CheckpointError(f"{name} holds values that are not positive and finite")
 
 
 def adopt(model: PreTrainedModel, checkpoint: CheckpointFormat) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 from ..calibration.dataset import Sample
 from ..card import with_loss
 from ..checkpoint.store import write_json, write_text
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError, DataError, MasquantError
 from ..evaluation import Evaluation, results_of
 from .content import FLOAT, evaluation_record, quantization_content
 from .media import embed_examples
-from .page import check_target, render_page, write_report
+from .page import check_target, render_page
 
 RECORD, PAGE, CARD = "report.json", "report.html", "README.md"
 
@@ -56,12 +56,19 @@ def report_run(
     check_target(target)
     if results is not None:
         if len(results) == 1 and FLOAT not in results:
-            results = {record["method"]: next(iter(results.values()))}
+            results = {str(record.get("method")): next(iter(results.values()))}
         record["evaluation"] = evaluation_record(results, samples)
-    content = quantization_content(record)
-    media = embed_examples(content, samples)
-    if target == out / PAGE:
+    try:
+        content = quantization_content(record)
+        media = embed_examples(content, samples)
         page = render_page(content, media)
+    except MasquantError:
+        raise
+    except Exception as error:  # what is missing in a record, or of another kind, fails anywhere
+        raise CheckpointError(
+            f"{out / RECORD} holds no record of a whole run ({error!r}); copy it again, or quantize again"
+        ) from error
+    if target == out / PAGE:
         write_json(out / RECORD, record)
         write_text(target, page)
         card = out / CARD
@@ -69,7 +76,8 @@ def report_run(
             text = card.read_text(encoding="utf-8")
             write_text(card, with_loss(text, record["method"], record["evaluation"]))
     else:
-        write_report(target, content, media)
+        write_json(target.with_suffix(".json"), content)
+        write_text(target, page)
     return target
 
 
