@@ -359,3 +359,12 @@ def test_processors_that_cannot_be_used() -> None:
     processor.tokenizer.pad_token = None
     with pytest.raises(DataError, match=r"has no padding token; set one"):
         SampleEncoder(processor)
+
+
+def test_a_processor_with_damaged_settings_is_named(tmp_path: Path) -> None:
+    """Whatever it raises: here a TypeError of torch."""
+    processor = tiny_processor("qwen2_5_vl")
+    processor.image_processor.image_mean = ["x", "y", "z"]
+    sample = next(s for s in load_samples(tiny_samples("qwen2_5_vl", tmp_path)) if s.image is not None)
+    with pytest.raises(DataError, match=rf"sample {sample.id}: .* refuses it: .* its configuration is damaged"):
+        SampleEncoder(processor).encode([sample])

@@ -271,13 +271,16 @@ class SampleEncoder:
         arguments = self._media(samples)
         try:
             return self.process(texts, arguments)
-        except ValueError as error:
+        except DataError:
+            raise
+        except Exception as error:  # settings that are none make processors raise nearly anything
             for sample, text in zip(samples, texts, strict=True):
                 if len(samples) > 1:
                     self._process([sample], [text])
             ids = ", ".join(s.id for s in samples)
             raise DataError(
-                f"sample {ids}: {type(self.processor).__name__} refuses it: {error}; change it, or leave it out"
+                f"sample {ids}: {type(self.processor).__name__} refuses it: {error}; change it, or leave it out; "
+                "if it refuses all, its configuration is damaged"
             ) from error
 
     def process(self, texts: list[str], media: Mapping[str, Any]) -> dict[str, Tensor]:
