@@ -24,11 +24,11 @@ LAYERS = (
     {"original", "generation"},
     {"run"},
     {"pipeline"},
-    {"card", "checking", "estimate"},
+    {"card", "checking", "contents", "estimate"},
     {"api", "evaluation"},
     {"compare", "demo", "report"},
-    {"inspection", "showcase", "conversation", "recording"},
-    {"chat", "serving"},
+    {"inspection", "description", "showcase", "conversation", "recording"},
+    {"chat", "serving", "presentation"},
     {"cli", "__init__"},
 )
 

@@ -10,8 +10,9 @@ from tiny_models import FAMILIES, tiny_files, tiny_model, tiny_processor, tiny_s
 
 import masquant
 from masquant.api import quantize_folder
+from masquant.contents import ranges_of
+from masquant.description import Description, describe_checkpoint, describe_plan
 from masquant.errors import RecipeError
-from masquant.inspection import Description, describe_checkpoint, describe_plan, ranges_of
 from masquant.integrations.loading import load_any
 from masquant.recipe import BudgetArgs, CompensationArgs, Recipe, SmoothingArgs
 

@@ -14,15 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from .errors import DataError, MasquantError, RecipeError
 from .progress import AbstractProgress, NoProgress, RichProgress
 from .version import __version__
 
 if TYPE_CHECKING:  # for annotations: importing torch takes seconds, which --help need not
-    from .estimate import Estimate
-    from .inspection import Description
     from .modality import Modality
     from .recipe import EncoderScheme, Recipe
 
@@ -198,7 +195,8 @@ def quantize(
     """
     from .api import estimate_folder, quantize_folder
     from .calibration.dataset import load_samples
-    from .inspection import describe_plan
+    from .description import describe_plan
+    from .presentation import show_description, show_estimate
 
     encoders = _encoders_of(model) if quantize_encoders else {}
     chosen = _recipe(method, scheme, group_size, preset, recipe, ignore, quantize_lm_head, encoders)
@@ -219,8 +217,8 @@ def quantize(
         if as_json:
             _print_json({**found.to_dict(), "estimate": estimate.to_dict()})
         else:
-            _show_description(found)
-            _show_estimate(estimate)
+            show_description(found)
+            show_estimate(estimate)
         return
     try:
         report = quantize_folder(
@@ -247,14 +245,6 @@ def quantize(
         f"{output}: decoder linears {_bytes(report.bytes['float_before'])} -> {_bytes(size)} "
         f"({chosen.scheme.name}, {chosen.method}) in {report.seconds:.0f} s, peak memory {_bytes(report.peak_memory)}"
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _recipe(
@@ -286,86 +276,6 @@ def _encoders_of(model: str) -> dict[Modality, EncoderScheme]:
     from .plan import default_encoders
 
     return default_encoders(family_of(read_config(model)))
-
-
-def _show_description(found: Description) -> None:
-    """What is quantized how, what is not and why, bytes before and after."""
-    from .inspection import ranges_of
-
-    method = f", {found.method}" if found.method else ""
-    table = Table(title=f"{found.family}: {found.blocks} blocks, {found.scheme}{method}")
-    for column in ("group", "blocks", "bits", "inputs", "size", "ranks of patches", "before", "after"):
-        table.add_column(column, justify="right" if column in ("before", "after") else "left")
-    details: dict[str, None] = {}
-    for row in found.groups:
-        many = "" if row.groups == len(row.blocks) else f" ({row.groups} groups)"
-        patches = ", ".join(f"{name} {rank}" for name, rank in row.patches.items())
-        bits = str(row.weight_bits), str(row.activation_bits), str(row.group_size)
-        table.add_row(
-            row.group,
-            ranges_of(row.blocks) + many,
-            *bits,
-            patches or "none",
-            _bytes(row.before),
-            _bytes(row.after),
-        )
-        outs = ", ".join(map(str, row.out_features))
-        details[
-            f"{row.group}: {', '.join(row.linears)} ({row.in_features} -> {outs}); text's vector: {row.text_vector}; "
-            f"vectors of other modalities: {row.own_vectors}; rotated: {', '.join(row.rotated) or 'nothing'}"
-        ] = None
-    console = Console()
-    console.print(table)
-    for line in details:
-        console.print(line, highlight=False, markup=False)
-    console.print(f"patches: {found.patches}", highlight=False)
-    for modality, encoder in found.encoders.items():
-        console.print(f"{modality} encoder: linears in {encoder}", highlight=False)
-    parts = Table("part", "before", "after", title="bytes of weights")
-    for name, sizes in found.bytes.items():
-        if sizes["before"] or sizes["after"]:
-            parts.add_row(name, _bytes(sizes["before"]), _bytes(sizes["after"]))
-    totals = [sum(sizes[when] for sizes in found.bytes.values()) for when in ("before", "after")]
-    parts.add_row("all", *map(_bytes, totals))
-    console.print(parts)
-    console.print("in floating point:", highlight=False)
-    for entry in found.skipped:
-        console.print(f"  {entry.name} ({_bytes(entry.bytes)}): {entry.reason}", highlight=False, markup=False)
-    if found.memory:
-        ratio = found.memory["packed_in_memory"] / found.memory["packed_on_disk"]
-        console.print(
-            f"quantized linears: {_bytes(found.memory['packed_on_disk'])} on disk, "
-            f"{_bytes(found.memory['packed_in_memory'])} in memory ({ratio:.3f} x), of which vectors "
-            f"{_bytes(found.memory['smooth_scale'])}, patches {_bytes(found.memory['compensation'])}",
-            highlight=False,
-        )
-    for note in found.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
-
-
-def _show_estimate(estimate: Estimate) -> None:
-    stages = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in estimate.stages.items() if seconds >= 0.05)
-    typer.echo(
-        f"quantizing will take about {_duration(estimate.seconds)} ({stages}), {_bytes(estimate.peak_memory)} of "
-        f"memory and {_bytes(estimate.disk)} of disk, and leave {_bytes(estimate.output)} of weights; tried on "
-        f"{estimate.share:.0%} of the samples' tokens and {estimate.blocks} blocks"
-    )
-
-
-def _show_ranges(rows: list[dict[str, Any]]) -> None:
-    modalities = list(rows[0]["absmax"])
-    table = Table(title="activation range per modality: largest magnitude, and misalignment with text (dB)")
-    table.add_column("block.group")
-    for name in modalities:
-        table.add_column(name, justify="right")
-    for row in rows:
-        cells = []
-        for name in modalities:
-            loss = row["misalignment_db"].get(name)
-            absmax = row["absmax"][name]
-            cells.append("-" if absmax is None else f"{absmax:.2f}" + (f" ({loss:.1f})" if loss is not None else ""))
-        table.add_row(f"{row['block']}.{row['group']}", *cells)
-    Console().print(table)
 
 
 @app.command()
@@ -401,7 +311,9 @@ def inspect(
     from .calibration.dataset import load_samples
     from .checking import is_checkpoint
     from .checkpoint.store import write_json
-    from .inspection import activation_ranges, describe_checkpoint, describe_plan
+    from .description import describe_checkpoint, describe_plan
+    from .inspection import activation_ranges
+    from .presentation import show_description, show_estimate, show_ranges
     from .report import check_target, ranges_content, write_report
 
     if calibration is None and (report is not None or estimate):
@@ -418,7 +330,7 @@ def inspect(
     result = found.to_dict()
     console = json_file != Path("-")
     if console:
-        _show_description(found)
+        show_description(found)
     if calibration is not None:
         progress = _progress(quiet)
         rows = activation_ranges(model, calibration, limit=limit, batch_size=batch_size, progress=progress)
@@ -426,14 +338,14 @@ def inspect(
         if report is not None:
             write_report(report, ranges_content(Path(model).name if Path(model).is_dir() else model, rows))
         if console:
-            _show_ranges(rows)
+            show_ranges(rows)
         if estimate:
             samples = load_samples(calibration, limit=limit)
             bound = None if memory is None else int(memory * 2**30)
             taken = estimate_folder(model, samples, chosen, batch_size=batch_size, memory=bound, progress=progress)
             result["estimate"] = taken.to_dict()
             if console:
-                _show_estimate(taken)
+                show_estimate(taken)
     if json_file is not None and console:
         write_json(json_file, result)
     elif json_file is not None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import masquant
 from masquant.api import check, quantize_folder, resident_bytes, save
 from masquant.calibration.encoding import SampleEncoder
+from masquant.description import describe_checkpoint
 from masquant.errors import CheckpointError, DataError, RecipeError
-from masquant.inspection import checkpoint_memory
 from masquant.integrations.loading import load_any
 from masquant.integrations.transformers import encoder_modules, quantized_linears
 from masquant.modality import Modality
@@ -157,7 +157,9 @@ def test_bytes_are_counted(tmp_path: Path) -> None:
     assert resident["encoders"] == sizes["encoders"] and resident["lm_head"] == sizes["lm_head"]
     assert sizes["kept"] - 2048 <= resident["float"] <= sizes["kept"]  # rotary frequencies that share memory
     biases = sum(m.bias.nbytes for m in quantized_linears(model).values() if m.bias is not None)
-    assert checkpoint_memory(tmp_path / "out")["packed_on_disk"] == sizes["packed"] + biases  # the decoder's alone
+    assert (
+        describe_checkpoint(tmp_path / "out").memory["packed_on_disk"] == sizes["packed"] + biases
+    )  # the decoder's alone
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| linears of encoders in 8 bits |" in card and "The vision encoder's linears are W8A8" in card
     assert "visual" not in report.not_quantized and "convolutions" in report.not_quantized
