@@ -63,6 +63,7 @@ def loads(folder):
 
 def content(folder):
     report = json.loads((folder / "report.json").read_text())
+    del report["stages"]  # seconds
     for part in (report, *report["blocks"]):
         del part["seconds"], part["peak_memory"]
     return {**{f.name: f.read_bytes() for f in folder.iterdir()}, "report.json": report}

@@ -184,10 +184,11 @@ def quantize_folder(
             if blocks.model.can_generate():
                 blocks.model.generation_config.save_pretrained(folder)
             write_extras(folder, processor, report.recipe, Path(model) if Path(model).is_dir() else None)
-            blocks.model.config.save_pretrained(folder)
-            write_checksums(folder)
+            blocks.model.config.save_pretrained(work)
+            write_checksums(folder, work / "config.json")
         report = report.with_cost(stages)
         write_record(folder, report)
+        (work / "config.json").replace(folder / "config.json")  # last: without it nothing loads the folder
     store.remove()
     return report
 

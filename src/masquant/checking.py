@@ -182,9 +182,11 @@ def check_low_bit(model: PreTrainedModel, checkpoint: CheckpointFormat) -> None:
         raise CheckpointError(f"{left[0].linear.name} is in floating point, though its encoder is not ignored")
 
 
-def write_checksums(folder: Path) -> None:
-    """SHA-256 of a checkpoint's files, but for those that `masquant report` adds to."""
+def write_checksums(folder: Path, config: Path | None = None) -> None:
+    """SHA-256 of a checkpoint's files, but for those that `masquant report` adds to; `config`: config.json if it is
+    still elsewhere."""
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in _REWRITTEN]
+    files += [] if config is None else [config]
     write_json(folder / CHECKSUMS, file_digests(files, NoProgress()))
 
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def finished_folder(output: Path, temporary: Path | None = None) -> Iterator[Pat
         CheckpointError: the disk is full or not writable.
     """
     temporary = temporary or output.with_name(f".{output.name}.writing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_folder(temporary)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -69,11 +69,18 @@ def finished_folder(output: Path, temporary: Path | None = None) -> Iterator[Pat
         if output.exists():
             output.rename(previous)
         temporary.rename(output)
-        shutil.rmtree(previous, ignore_errors=True)
+        remove_folder(previous)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {output}: {error}; nothing was left behind") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there: first its config.json, so that what a kill leaves of it loads nowhere."""
+    with suppress(OSError):
+        (folder / "config.json").unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -172,7 +179,7 @@ class BlockStore:
                 )
             for leftover in folder.iterdir():  # of a run that was killed: spilled hidden states, half a checkpoint
                 if leftover.is_dir():
-                    shutil.rmtree(leftover, ignore_errors=True)
+                    remove_folder(leftover)
             return
         try:
             shutil.rmtree(folder, ignore_errors=True)
