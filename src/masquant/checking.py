@@ -185,9 +185,9 @@ def check_low_bit(model: PreTrainedModel, checkpoint: CheckpointFormat) -> None:
 def write_checksums(folder: Path, config: Path | None = None) -> None:
     """SHA-256 of a checkpoint's files, but for those that `masquant report` adds to; `config`: config.json if it is
     still elsewhere."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in _REWRITTEN]
+    files = [file for file in folder.iterdir() if file.is_file() and file.name not in _REWRITTEN]
     files += [] if config is None else [config]
-    write_json(folder / CHECKSUMS, file_digests(files, NoProgress()))
+    write_json(folder / CHECKSUMS, file_digests(sorted(files, key=lambda file: file.name), NoProgress()))
 
 
 def verify_checksums(folder: Path) -> None:
