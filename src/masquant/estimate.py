@@ -9,7 +9,7 @@ tokens, and solving it does not. What the first batch and the first block take m
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -293,7 +293,7 @@ def estimate(
             state = ModalityState(modality_tokens_of(blocks.model.config))
             held = held_back_ids(samples, recipe.selection.held_back) if recipe.selection else set()
             run = _try_rotations(trial, Run(first, recipe, few, state, inputs, device, [], NoProgress()), kinds, ratio)
-            run.held_back = held & {sample.id for sample in chosen}
+            run.held_back = held_in_trial([sample.id for sample in chosen], held)
             run.gradients, run.moment_bytes = gradients, memory
             _try_blocks(trial, run, kinds, ratio, store, progress)
         output = _try_writing(trial, store, kinds, Path(folder) / "out")
@@ -308,6 +308,19 @@ def estimate(
         1 / ratio,
         count,
     )
+
+
+def held_in_trial(tried: Sequence[str], held: Collection[str]) -> set[str]:
+    """Which tried samples are held back, so that candidates are judged on about as many tokens as in the whole run:
+    as many as the run holds back, if that leaves half of them.
+
+    Args:
+        tried: ids of the samples that are tried.
+        held: ids of those that the run holds back.
+    """
+    count = min(len(held), len(tried) // 2)
+    own = [name for name in tried if name in held]
+    return set([*own, *(name for name in tried if name not in held)][:count])
 
 
 def _try_inputs(

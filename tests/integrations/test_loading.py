@@ -17,6 +17,7 @@ from masquant.estimate import (
     batches_to_try,
     blocks_to_try,
     for_all_blocks,
+    held_in_trial,
     kinds_of,
     padded_tokens,
     scaled,
@@ -56,6 +57,12 @@ def test_streamed_gives_the_bytes_of_whole(family: str, method: str, tmp_path: P
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes(), name
     masquant.check(tmp_path / "streamed")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["media", "model", "streamed", "whole"]
+
+
+def test_a_trial_holds_back_as_many_samples_as_the_run() -> None:
+    assert held_in_trial("abcdefgh", {"c", "x", "y"}) == {"c", "a", "b"}  # its own first
+    assert held_in_trial("abcd", set("abcd")) == {"a", "b"}  # half of them are left to fit to
+    assert held_in_trial("abcd", set()) == set()
 
 
 def test_a_learned_rotation_is_streamed_too(tmp_path: Path) -> None:
