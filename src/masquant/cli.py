@@ -201,19 +201,16 @@ def quantize(
     encoders = _encoders_of(model) if quantize_encoders else {}
     chosen = _recipe(method, scheme, group_size, preset, recipe, ignore, quantize_lm_head, encoders)
     samples = load_samples(calibration, limit=limit)
-    available = None if memory is None else int(memory * 2**30)
+    run: dict[str, Any] = {
+        "batch_size": batch_size,
+        "device": _device(device),
+        "dtype": dtype,
+        "memory": None if memory is None else int(memory * 2**30),
+        "progress": _progress(quiet),
+    }
     if dry_run:
         found = describe_plan(model, chosen)
-        estimate = estimate_folder(
-            model,
-            samples,
-            chosen,
-            batch_size=batch_size,
-            device=_device(device),
-            dtype=dtype,
-            memory=available,
-            progress=_progress(quiet),
-        )
+        estimate = estimate_folder(model, samples, chosen, **run)
         if as_json:
             _print_json({**found.to_dict(), "estimate": estimate.to_dict()})
         else:
@@ -221,19 +218,7 @@ def quantize(
             show_estimate(estimate)
         return
     try:
-        report = quantize_folder(
-            model,
-            output,
-            samples,
-            chosen,
-            batch_size=batch_size,
-            device=_device(device),
-            dtype=dtype,
-            memory=available,
-            progress=_progress(quiet),
-            resume=resume,
-            overwrite=overwrite,
-        )
+        report = quantize_folder(model, output, samples, chosen, **run, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command with --resume goes on from the last finished block", err=True)
         raise typer.Exit(1) from None

@@ -195,7 +195,7 @@ def _planned(
     group: GroupPlan, index: int, groups: Sequence[GroupPlan], recipe: Recipe, family: ModelFamily, itemsize: int
 ) -> GroupRow:
     """Row of one group of one block."""
-    first, fold_into = group.linears[0], of_experts(group.group.fold_into)
+    fold_into = of_experts(group.group.fold_into)
     smoothed = recipe.smoothing.mode != "none" and group.role in recipe.smoothing.groups
     if not smoothed:
         text = "none: the recipe does not smooth it"
@@ -206,6 +206,22 @@ def _planned(
     else:
         text = f"folded into {fold_into}"
     own = "one per modality" if smoothed and recipe.smoothing.mode == "modality" else "none"
+    return _row(
+        group,
+        index,
+        recipe.scheme.input_activations.num_bits,
+        itemsize,
+        text_vector=text,
+        own_vectors=own if recipe.selection is None or own == "none" else f"{own}, where it pays",
+        rotated=rotated_parts(group, groups, recipe.rotations),
+        patches=_largest_ranks(group, recipe, family),
+        after=group.packed_bytes,
+    )
+
+
+def _row(group: GroupPlan, index: int, activation_bits: int, itemsize: int, **treatment: Any) -> GroupRow:
+    """Row of one group of one block; `treatment`: what its plan does not say."""
+    first = group.linears[0]
     return GroupRow(
         of_experts(group.name),
         (index,),
@@ -214,14 +230,10 @@ def _planned(
         group.in_features,
         tuple(linear.out_features for linear in group.linears),
         first.num_bits,
-        recipe.scheme.input_activations.num_bits,
+        activation_bits,
         first.group_size or "channel",
-        text,
-        own if recipe.selection is None or own == "none" else f"{own}, where it pays",
-        rotated_parts(group, groups, recipe.rotations),
-        _largest_ranks(group, recipe, family),
-        sum(linear.in_features * linear.out_features for linear in group.linears) * itemsize,
-        group.packed_bytes,
+        before=sum(linear.in_features * linear.out_features for linear in group.linears) * itemsize,
+        **treatment,
     )
 
 
@@ -320,23 +332,16 @@ def _found(
         text = "none"
     else:
         text = f"folded into {of_experts(group.group.fold_into)}" if choice else "not known"
-    first = group.linears[0]
-    return GroupRow(
-        of_experts(group.name),
-        (index,),
-        1,
-        tuple(of_experts(linear.name) for linear in group.linears),
-        group.in_features,
-        tuple(linear.out_features for linear in group.linears),
-        first.num_bits,
+    return _row(
+        group,
+        index,
         checkpoint.activations.num_bits,
-        first.group_size or "channel",
-        text,
-        "one per modality" if site.has_smooth_scale else "none",
-        rotated_parts(group, groups, checkpoint.rotations),
-        dict(site.ranks),
-        sum(linear.in_features * linear.out_features for linear in group.linears) * itemsize,
-        size,
+        itemsize,
+        text_vector=text,
+        own_vectors="one per modality" if site.has_smooth_scale else "none",
+        rotated=rotated_parts(group, groups, checkpoint.rotations),
+        patches=dict(site.ranks),
+        after=size,
     )
 
 
